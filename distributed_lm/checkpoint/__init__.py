@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron's ``dist_checkpointing`` format, under names that no layout changes."""

@@ -1,0 +1,116 @@
+"""The ``distributed-lm`` command line.
+
+Each command imports what it needs when it runs, so that ``--help`` and a mistyped argument are
+answered at once, without torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distributed_lm.config import load_config
+from distributed_lm.errors import ConfigError, UserError
+from distributed_lm.prepare_data import merge_data, prepare_data
+
+app = typer.Typer(
+    help="Train short, test long: ALiBi language models on Megatron and DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# These two carry their own options and help, and import their libraries when they run.
+app.command()(prepare_data)
+app.command()(merge_data)
+
+ConfigPath = Annotated[Path, typer.Argument(help="Config file, or a run folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to change: train.steps=100."),
+]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train one run, or continue it from its newest checkpoint."""
+    run_config = load_config(config, overrides or [])
+    _quiet_engines()
+    from distributed_lm.train import train as run
+
+    run(run_config)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    overrides: Overrides = None,
+    lengths: Annotated[
+        str,
+        typer.Option(help="Context lengths in tokens, as 1024,2048. Default: evaluation.lengths."),
+    ] = "",
+    checkpoint: Annotated[
+        int | None, typer.Option(min=0, metavar="STEP", help="Default: the newest.")
+    ] = None,
+) -> None:
+    """Perplexity of a trained run at several context lengths."""
+    chosen = parse_lengths(lengths)
+    _quiet_engines()
+    from distributed_lm.evaluate import evaluate as run
+
+    run(run_dir, chosen, checkpoint, overrides or [])
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Report environment, devices and data of a run, and prove its attention against fp32."""
+    run_config = load_config(config, overrides or [])
+    _quiet_engines()
+    from distributed_lm.check import check as run
+
+    run(run_config)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train short and test long on this machine: ALiBi against sinusoidal, in minutes."""
+    from distributed_lm.demo import demo as run
+
+    run(output)
+
+
+def _quiet_engines() -> None:
+    """Before the first import of an engine: most of their warnings come while importing."""
+    from distributed_lm import platform
+
+    platform.quiet_engines()
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``"1024,2048"`` as numbers; empty text is no lengths.
+
+    Raises:
+        ConfigError: on anything but positive whole numbers with commas between them.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"--lengths={text}: expected whole numbers of tokens with commas between them, "
+            "as in --lengths 1024,2048"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one sentence; Ctrl-C is exit code 130."""
+    try:
+        app(None if arguments is None else list(arguments), prog_name="distributed-lm")
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

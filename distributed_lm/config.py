@@ -1,0 +1,397 @@
+"""The schema of one run: what may stand in a config file, with units and the meaning of "off".
+
+``load_config`` merges the files a config ``extends``, the config itself and dotted overrides,
+rejects unknown keys, and runs every check that needs more than one field. Imports no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+
+from distributed_lm.errors import ConfigError
+from distributed_lm.layout import check_layout
+
+Count = Annotated[int, Field(ge=1)]
+CountOrOff = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+# A run's name becomes a folder, a Slurm job name and a W&B run name: nothing a shell could read.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Section(pydantic.BaseModel):
+    """One block of a config file. Unknown keys are errors; values do not change after loading."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    num_layers: Count
+    """Decoder layers."""
+    hidden_size: Count
+    """Width of the residual stream."""
+    num_attention_heads: Count
+    """Query heads; must divide ``hidden_size``."""
+    num_key_value_heads: Count | None = None
+    """Key and value heads (grouped-query attention); off = one per query head."""
+    ffn_hidden_size: Count | None = None
+    """Width inside the feed-forward block; off = 4 × ``hidden_size``."""
+    vocab_size: Count | None = None
+    """Rows of the embedding; off = the data set's vocabulary, padded to a multiple of 64."""
+    position: str = "alibi"
+    """``alibi``, ``sinusoidal``, or ``package.module:Class`` of your own position method."""
+    max_positions: Count | None = None
+    """Longest input the model accepts, in tokens; off = any length."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """``gelu`` is the exact (erf) one, ``gelu_tanh`` its approximation."""
+    bias: bool = True
+    """Additive biases in the linear layers."""
+    tie_embeddings: bool = True
+    """The output projection is the input embedding."""
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Applied before each block and once at the end (pre-norm)."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream get
+    this divided by √(2 × num_layers)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+
+class WeightedPath(Section):
+    path: str
+    """Folder written by ``prepare-data``."""
+    weight: PositiveFloat = 1.0
+    """Share of the blocks drawn from this corpus, relative to the others' weights."""
+
+
+class DataConfig(Section):
+    path: str | tuple[WeightedPath, ...]
+    """Folder written by ``prepare-data``, or a list of ``{path, weight}`` to blend."""
+    sequence_length: Count
+    """Tokens per training sequence."""
+    block_length: Count | None = None
+    """Tokens per shuffled block; sequences are cut inside blocks. Give runs that are to see the
+    same tokens the same value, a multiple of each one's sequence length. Off = sequence length."""
+    cache_path: str | None = None
+    """Folder for shuffle indices; off = ``index_cache`` inside each data set."""
+
+    @property
+    def block_size(self) -> int:
+        return self.block_length or self.sequence_length
+
+    @property
+    def corpora(self) -> tuple[WeightedPath, ...]:
+        return (WeightedPath(path=self.path),) if isinstance(self.path, str) else self.path
+
+
+class BatchConfig(Section):
+    global_batch_size: Count
+    """Sequences per optimizer step, over all data-parallel ranks."""
+    micro_batch_size: Count = 1
+    """Sequences per forward pass of one data-parallel rank."""
+
+
+class ParallelConfig(Section):
+    tensor: Count = 1
+    """Tensor-parallel size: ranks that share every layer."""
+    pipeline: Count = 1
+    """Pipeline-parallel size: ranks that each hold some of the layers."""
+    virtual_pipeline: Count = 1
+    """Model chunks per pipeline rank (interleaved schedule); 1 = off."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residual stream split over the tensor-parallel ranks."""
+    timeout_seconds: Count = 600
+    """A collective that takes longer than this ends the run."""
+
+
+class ZeroConfig(Section):
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO: 0 = plain, 1 shards optimizer state, 2 also gradients, 3 also weights."""
+
+
+class SpikeConfig(Section):
+    action: Literal["ignore", "log", "skip", "rewind"] = "log"
+    """On a loss spike: nothing; an event; an event and no update from that batch; or back to the
+    last checkpoint, leaving out the batches since."""
+    window: Count = 64
+    """Steps whose median loss is the yardstick; nothing is judged before that many steps."""
+    threshold: PositiveFloat = 1.0
+    """Nats per token above the running median that count as a spike."""
+
+
+class ProfileConfig(Section):
+    start_step: CountOrOff = 0
+    """First step to trace; 0 = off."""
+    steps: Count = 3
+    """Steps to trace."""
+
+
+class TrainConfig(Section):
+    steps: Count
+    """Optimizer steps. May be raised when a run is resumed."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to recompute in backward: none, the core attention, or whole layers."""
+    log_every: Count = 1
+    """Steps between lines in ``metrics.jsonl`` and W&B."""
+    spike: SpikeConfig = SpikeConfig()
+    """What to do when the loss jumps."""
+    profile: ProfileConfig = ProfileConfig()
+    """Torch profiler trace of chosen steps, into the run folder."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW."""
+    weight_decay: NonNegativeFloat = 0.1
+    """For matrices; biases and norms are never decayed."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 = off."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after warm-up; ``wsd`` holds the peak, then decays linearly (warmup-stable-decay)."""
+    warmup_steps: CountOrOff = 0
+    """Steps of linear rise from 0 to the peak."""
+    total_steps: Count | None = None
+    """Step at which the decay ends; off = ``train.steps``."""
+    decay_steps: Count | None = None
+    """``wsd`` only: length of the final decay; off = a tenth of the total."""
+    minimum_ratio: Fraction = 0.0
+    """Final learning rate as a fraction of the peak."""
+
+
+class AttentionConfig(Section):
+    backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
+    """``auto`` takes FlexAttention on CUDA and scaled-dot-product attention on CPU."""
+
+
+class EvaluationConfig(Section):
+    every: CountOrOff = 0
+    """Steps between validation passes during training; 0 = only at the end."""
+    lengths: tuple[Count, ...] = ()
+    """Context lengths to score, in tokens; off = the trained length."""
+    split: Literal["train", "valid", "test"] = "valid"
+    """Which part of the data set is scored."""
+    max_tokens: CountOrOff = 0
+    """Score at most this many tokens from the start of the split; 0 = all."""
+    tokens_per_batch: Count = 16384
+    """Tokens per forward pass of one data-parallel rank: bounds memory."""
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """``auto`` is online where a key is found, else offline with a line saying so."""
+    project: str = "distributed_lm"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; off = the logged-in user."""
+
+
+class CheckpointConfig(Section):
+    save_every: CountOrOff = 0
+    """Steps between checkpoints; 0 = only at the end."""
+    resume: bool = True
+    """Continue from the newest checkpoint in the run folder; off = refuse to start over it."""
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Names the run folder, the W&B run and the Slurm job."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Initial weights and data order follow from it."""
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Weights and activations; bf16 and fp16 keep fp32 master weights and accumulate in fp32."""
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    attention: AttentionConfig = AttentionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.data.sequence_length
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML: loading it again gives the same config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one run's config.
+
+    Args:
+        path: YAML file, or a run folder that holds ``config.yaml``.
+        overrides: ``section.field=value`` strings, in YAML syntax after the ``=``.
+
+    Raises:
+        ConfigError: naming the field or file, what was found, and what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.yaml"
+    merged = OmegaConf.merge(_read_with_parents(path, ()), _parse_overrides(overrides))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+        config = RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
+    check_config(config)
+    return config
+
+
+def check_config(config: RunConfig) -> None:
+    """Reject values that contradict each other, whatever the world size.
+
+    Raises:
+        ConfigError: naming the fields, both numbers and the remedy.
+    """
+    _check_model(config.model)
+    _check_lengths(config)
+    check_layout(config)
+    if config.precision != "fp32" and config.zero.stage == 0:
+        raise ConfigError(
+            f"zero.stage=0 keeps no fp32 master weights for precision={config.precision}; "
+            "set zero.stage=1 (or precision=fp32)"
+        )
+    if config.precision == "fp16" and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"precision=fp16 with parallel.pipeline={config.parallel.pipeline} is not supported: "
+            "the loss scale is known only to the last stage; set precision=bf16"
+        )
+    if config.zero.stage >= 2 and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"zero.stage={config.zero.stage} with parallel.pipeline={config.parallel.pipeline} "
+            "gives wrong gradients, since it reduces before the pipeline has accumulated them; "
+            "set zero.stage=1"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} is not a multiple of "
+            f"model.num_attention_heads={heads}; choose a head count that divides it"
+        )
+    if heads % model.key_value_heads:
+        raise ConfigError(
+            f"model.num_attention_heads={heads} is not a multiple of "
+            f"model.num_key_value_heads={model.num_key_value_heads}; choose a divisor of {heads}"
+        )
+
+
+def _check_lengths(config: RunConfig) -> None:
+    length, block = config.data.sequence_length, config.data.block_size
+    limit = config.model.max_positions
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than model.max_positions={limit}; "
+            "shorten the sequences or raise model.max_positions"
+        )
+    if block % length:
+        raise ConfigError(
+            f"data.block_length={block} is not a multiple of data.sequence_length={length}; "
+            f"use {length * max(1, round(block / length))}"
+        )
+    if config.tokens_per_step % block:
+        raise ConfigError(
+            f"batch.global_batch_size={config.batch.global_batch_size} sequences of "
+            f"{length} tokens do not fill whole blocks of data.block_length={block}; "
+            f"use a multiple of {block // length} sequences"
+        )
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Any:
+    """A YAML file over the files it ``extends`` (paths relative to it), the first at the bottom."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}: extends itself; remove one of the files from 'extends'")
+    try:
+        values = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such config file; configs/runs/ has some to start from"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found a list")
+    parents = values.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    chain = (*children, path.resolve())
+    layers = [_read_with_parents(path.parent / parent, chain) for parent in parents]
+    return OmegaConf.merge(*layers, values)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(
+                f"override {override!r}: expected section.field=value, as in train.steps=100"
+            )
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"overrides {list(overrides)}: {_one_line(error)}") from None
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    """One pydantic problem as 'field: what was found, what was expected'."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple"))
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: no such field; check the spelling (config.py lists them all)"
+    if problem["type"] == "missing":
+        return f"{field}: missing; add it to the file or as {field}=… on the command line"
+    found = str(problem["input"])[:60]
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{field}={found}: {message}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

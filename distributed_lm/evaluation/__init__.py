@@ -1,0 +1,1 @@
+"""Perplexity at any context length."""

@@ -1,0 +1,195 @@
+"""The kernels behind one signature: causal attention with the position method's bias.
+
+Shapes: B batch, N query heads of this rank, G key/value heads, Q queries, K keys, H head dim.
+Queries are the last Q of the K positions, so Q < K is a continuation. Each backend takes
+``(query_BNQH, key_BGKH, value_BGKH, position)`` and returns [B, N, Q, H] in the query's dtype.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distributed_lm.errors import ConfigError
+from distributed_lm.model.positions import PositionMethod
+
+Attend = Callable[[Tensor, Tensor, Tensor, PositionMethod], Tensor]
+
+# Largest bias kept at once, in fp32 elements (256 MiB): longer inputs go through in query chunks.
+MAX_BIAS_ELEMENTS = 1 << 26
+
+
+def reference(
+    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+) -> Tensor:
+    """softmax(q·kᵀ/√H + bias) · v, every step in fp32 and in full."""
+    query, key, value = (tensor.float() for tensor in (query_BNQH, key_BGKH, value_BGKH))
+    key, value = _repeat_groups(key, query.size(1)), _repeat_groups(value, query.size(1))
+    scores_BNQK = query @ key.transpose(-1, -2) / math.sqrt(query.size(-1))
+    num_queries, num_keys = scores_BNQK.shape[-2:]
+    queries = range(num_keys - num_queries, num_keys)
+    scores_BNQK = scores_BNQK + causal_bias(position, queries, num_keys, query.device)
+    return (torch.softmax(scores_BNQK, dim=-1) @ value).to(query_BNQH.dtype)
+
+
+def sdpa(
+    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+) -> Tensor:
+    """PyTorch's fused attention with the bias as an fp32 mask, in chunks of bounded memory."""
+    grouped = key_BGKH.size(1) != query_BNQH.size(1)
+    num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
+    if not position.has_bias and num_queries == num_keys:
+        return F.scaled_dot_product_attention(
+            query_BNQH, key_BGKH, value_BGKH, is_causal=True, enable_gqa=grouped
+        )
+    heads = query_BNQH.size(1) if position.has_bias else 1
+    chunk = max(1, MAX_BIAS_ELEMENTS // (heads * num_keys))
+    first = num_keys - num_queries
+    outputs = []
+    for start in range(0, num_queries, chunk):
+        stop = min(start + chunk, num_queries)
+        visible = first + stop  # no query of this chunk sees past it
+        bias = causal_bias(position, range(first + start, visible), visible, query_BNQH.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query_BNQH[:, :, start:stop],
+                key_BGKH[:, :, :visible],
+                value_BGKH[:, :, :visible],
+                attn_mask=bias,
+                enable_gqa=grouped,
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def flex(
+    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+) -> Tensor:
+    """FlexAttention: causal block mask, bias computed in the kernel."""
+    num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
+    attend = _compiled_flex() if query_BNQH.is_cuda else _flex_module().flex_attention
+    return attend(
+        query_BNQH,
+        key_BGKH,
+        value_BGKH,
+        score_mod=position.score_mod(num_keys - num_queries),
+        block_mask=_causal_block_mask(num_queries, num_keys, query_BNQH.device),
+        enable_gqa=key_BGKH.size(1) != query_BNQH.size(1),
+    )
+
+
+def flash(
+    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+) -> Tensor:
+    """FlashAttention-2 with ``alibi_slopes``; its causal mask is aligned to the last key."""
+    from flash_attn import flash_attn_func
+
+    slopes = None
+    if position.linear_slopes is not None:
+        slopes = torch.tensor(position.linear_slopes, dtype=torch.float32, device=query_BNQH.device)
+    context_BQNH = flash_attn_func(
+        *(tensor.transpose(1, 2) for tensor in (query_BNQH, key_BGKH, value_BGKH)),
+        causal=True,
+        alibi_slopes=slopes,
+    )
+    return context_BQNH.transpose(1, 2)
+
+
+BACKENDS: dict[str, Attend] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "flex": flex,
+    "flash": flash,
+}
+
+
+def choose_backend(name: str, position: PositionMethod, device: torch.device) -> str:
+    """The backend to use: ``name``, or for ``auto`` the fastest that fits.
+
+    Raises:
+        ConfigError: if the backend asked for cannot do this position method on this device.
+    """
+    if name == "auto":
+        can_flex = not position.has_bias or type(position).score_mod is not _no_score_mod()
+        return "flex" if device.type == "cuda" and can_flex else "sdpa"
+    problem = unavailable_reason(name, position, device)
+    if problem:
+        raise ConfigError(f"attention.backend={name}: {problem}; use attention.backend=auto")
+    return name
+
+
+def unavailable_reason(name: str, position: PositionMethod, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot train here, or None if it can."""
+    if name == "flex":
+        if device.type != "cuda":
+            return "FlexAttention has no backward on CPU"
+        if position.has_bias and type(position).score_mod is _no_score_mod():
+            return f"{type(position).__name__} has no score_mod"
+    if name == "flash":
+        if device.type != "cuda":
+            return "FlashAttention-2 needs a GPU"
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the package flash-attn is not installed"
+        if position.has_bias and position.linear_slopes is None:
+            return f"{type(position).__name__}'s bias is not linear"
+    return None
+
+
+def causal_bias(
+    position: PositionMethod, queries: range, num_keys: int, device: torch.device
+) -> Tensor:
+    """The position method's bias with −inf above the diagonal.
+
+    Returns:
+        fp32 [N, Q, K], or [1, Q, K] without a bias. The last one asked for is kept on the
+        position method, since every layer of a stage asks for the same.
+    """
+    key = (queries, num_keys, device)
+    cached = getattr(position, "_cached_bias", None)
+    if cached is not None and cached[0] == key:
+        return cached[1]
+    bias = position.bias(queries, num_keys, device)
+    if bias is None:
+        bias = torch.zeros(1, len(queries), num_keys, device=device)
+    keys = torch.arange(num_keys, device=device)
+    rows = torch.arange(queries.start, queries.stop, device=device)
+    bias = bias.masked_fill(keys[None, :] > rows[:, None], float("-inf"))
+    if not bias.requires_grad:
+        object.__setattr__(position, "_cached_bias", (key, bias))
+    return bias
+
+
+def _repeat_groups(tensor_BGKH: Tensor, num_heads: int) -> Tensor:
+    return tensor_BGKH.repeat_interleave(num_heads // tensor_BGKH.size(1), dim=1)
+
+
+def _no_score_mod() -> Any:
+    return PositionMethod.score_mod
+
+
+def _flex_module() -> Any:
+    from torch.nn.attention import flex_attention
+
+    return flex_attention
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(_flex_module().flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_block_mask(num_queries: int, num_keys: int, device: torch.device) -> Any:
+    first = num_keys - num_queries
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query + first
+
+    return _flex_module().create_block_mask(
+        causal, None, None, num_queries, num_keys, device=device
+    )

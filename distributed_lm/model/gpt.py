@@ -1,0 +1,281 @@
+"""From a run's config to this rank's stages of the decoder, assembled from Megatron-core's blocks.
+
+Shapes: S sequence, B batch, D hidden, V vocabulary of this tensor-parallel rank.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from distributed_lm import platform
+from distributed_lm.config import ModelConfig, RunConfig
+from distributed_lm.errors import ConfigError
+from distributed_lm.layout import pipeline_layout
+from distributed_lm.model.attention_backends import choose_backend
+from distributed_lm.model.core_attention import CoreAttention
+from distributed_lm.model.norms import NORMS
+from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
+from distributed_lm.process_groups import ProcessGroups
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "swiglu": F.silu,
+}
+
+
+class GPTStage(MegatronModule):
+    """One pipeline stage: embedding (first), decoder layers, output projection and loss (last)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        vocab_size: int,
+        block: TransformerBlockSubmodules,
+        position: PositionMethod,
+        groups: ProcessGroups,
+        vp_stage: int | None,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = vp_stage
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.position = position
+        self.tensor_rank = groups.coordinates.tensor
+        if pre_process:
+            self.embedding = tensor_parallel.VocabParallelEmbedding(
+                vocab_size,
+                model.hidden_size,
+                init_method=config.init_method,
+                reduce_scatter_embeddings=config.sequence_parallel,
+                config=config,
+                tp_group=groups.tensor,
+            )
+        self.decoder = TransformerBlock(
+            config,
+            block,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                model.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=model.tie_embeddings and pre_process,
+                tp_group=groups.tensor,
+            )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by Megatron's schedule with what came from the previous stage."""
+        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self.decoder.set_input_tensor(tensors[0])
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight as this stage holds it, if it does."""
+        if self.pre_process:
+            return self.embedding.weight
+        return self.output_layer.weight if self.post_process else None
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
+        with labels), or this rank's logits [S, B, V] (last stage without)."""
+        hidden = self._embed(tokens_BS) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None)
+        if not self.post_process:
+            return hidden
+        tied = self.share_embeddings_and_output_weights and self.pre_process
+        logits_SBV, _ = self.output_layer(hidden, weight=self.embedding.weight if tied else None)
+        if labels_BS is None:
+            return logits_SBV
+        losses_SB = tensor_parallel.vocab_parallel_cross_entropy(
+            logits_SBV.float(), labels_BS.transpose(0, 1).contiguous()
+        )
+        return losses_SB.transpose(0, 1).contiguous()
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        """[S, B, D], or with sequence parallelism this rank's slice of S."""
+        hidden = self.embedding(tokens_BS)
+        first_position = 0
+        if self.config.sequence_parallel:  # Megatron has transposed it already
+            first_position = self.tensor_rank * hidden.size(0)
+        else:
+            hidden = hidden.transpose(0, 1).contiguous()
+        if self.position.embedding_scale != 1.0:
+            hidden = hidden * self.position.embedding_scale
+        return self.position.embed(hidden, first_position)
+
+
+def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> list[GPTStage]:
+    """This rank's model chunks, uninitialised: one, or one per virtual pipeline stage.
+
+    Args:
+        vocab_size: rows of the embedding over all tensor-parallel ranks.
+
+    Raises:
+        ConfigError: if the position method or the attention backend cannot be used.
+    """
+    heads = HeadSlice.of(
+        config.model.num_attention_heads, groups.coordinates.tensor, groups.layout.tensor
+    )
+    position = build_position(config.model, heads)
+    backend = choose_backend(config.attention.backend, position, groups.device)
+    transformer = transformer_config(config)
+    layer = _layer_spec(config, position, backend)
+    norm = NORMS[config.model.normalization]
+    chunks = groups.layout.virtual_pipeline
+    stages = []
+    for chunk in range(chunks):
+        vp_stage = chunk if chunks > 1 else None
+        count = get_num_layers_to_build(transformer, vp_stage, groups.coordinates.pipeline)
+        last_pipeline = groups.coordinates.pipeline == groups.layout.pipeline - 1
+        stages.append(
+            GPTStage(
+                transformer,
+                config.model,
+                vocab_size,
+                TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm),
+                position,
+                groups,
+                vp_stage,
+                pre_process=groups.coordinates.pipeline == 0 and chunk == 0,
+                post_process=last_pipeline and chunk == chunks - 1,
+            )
+        )
+    dtype = platform.DTYPES[config.precision]
+    return [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's view of the run. Megatron-core 0.16 to 0.19 take the same fields here."""
+    model, parallel = config.model, config.parallel
+    dtype = platform.DTYPES[config.precision]
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    recompute_choices: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
+        ffn_hidden_size=model.ffn_size,
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.activation == "swiglu",
+        add_bias_linear=model.bias,
+        normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        pipeline_model_parallel_layout=pipeline_layout(model.num_layers, stages),
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        # Weights are ours to initialise, by global name: see parameters.py.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Batched, gloo confuses the two neighbours of an interleaved PP=2 (they are one rank), and
+        # Megatron-LM itself refuses that combination on NCCL.
+        batch_p2p_comm=False,
+        **recompute_choices[config.train.recompute],
+    )
+
+
+def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> ModuleSpec:
+    """One pre-norm decoder layer; Megatron builds it once per layer of the stage."""
+    norm = NORMS[config.model.normalization]
+    attention = SelfAttentionSubmodules(
+        linear_qkv=tensor_parallel.ColumnParallelLinear,
+        core_attention=functools.partial(CoreAttention, position=position, backend=backend),
+        linear_proj=tensor_parallel.RowParallelLinear,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=tensor_parallel.ColumnParallelLinear,
+                    linear_fc2=tensor_parallel.RowParallelLinear,
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def padded_vocab_size(model: ModelConfig, data_vocab_size: int) -> int:
+    """Rows of the embedding: as configured, or the data set's padded to a multiple of 64.
+
+    The padding is independent of the layout, so a checkpoint fits any of them.
+    """
+    return model.vocab_size or -(-data_vocab_size // 64) * 64
+
+
+def check_vocab_size(config: RunConfig, vocab_size: int, data_vocab_size: int) -> None:
+    """Raises ConfigError if the embedding cannot hold the data set's tokens or be split."""
+    if vocab_size < data_vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the data set's vocabulary of "
+            f"{data_vocab_size}; raise it, or leave it out"
+        )
+    if vocab_size % config.parallel.tensor:
+        raise ConfigError(
+            f"the padded vocabulary of {vocab_size} cannot be divided over "
+            f"parallel.tensor={config.parallel.tensor}; set model.vocab_size to a multiple of it"
+        )

@@ -1,0 +1,170 @@
+"""The start-up proof: the live model does what the paper says, on this rank, in this dtype.
+
+The live attention modules (after slicing over heads, casting by the engine and choice of kernel)
+attend with queries and keys made so that every probed key keeps a weight that can be read off, also
+for steep heads at long distance: the content score cancels most of the bias. The weights are
+compared with the softmax of an fp64 reference whose bias comes from the paper's formula by global
+head index. A wrong slope, sign, head offset, scale of the bias, or a distance rounded to bf16 moves
+some log weight by far more than the kernel's own rounding does.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distributed_lm.errors import ProofError
+from distributed_lm.model.core_attention import CoreAttention, core_attentions
+from distributed_lm.model.gpt import GPTStage
+from distributed_lm.model.positions import PositionMethod
+from distributed_lm.process_groups import ProcessGroups
+
+# Distances from the last query. Past 256 they lie halfway between two bf16 numbers, where a
+# distance held in bf16 is off by most.
+DISTANCES = (0, 1, 2, 7, 33, 64, 255, 257, 515, 1030, 2056, 4112)
+
+# (queries, keys): a training-like square, and the last queries of a context longer than 4,096.
+SHAPES = ((66, 66), (2, max(DISTANCES) + 2))
+
+# Largest difference of a log weight, in nats. fp32: rounding of scores of size 3,000. 16 bits:
+# a few units in the last place of a weight, rounded once in the kernel and once in its output.
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, for the log and for W&B."""
+
+    fingerprint: str
+    """Of method, head count and per-head bias: equal for equal models at any layout."""
+    backend: str
+    """Attention kernel that was proved."""
+    largest_error: float
+    """Of all probed log weights on all ranks, in nats."""
+    tolerance: float
+    """What rounding alone may cause, in nats."""
+
+
+def prove_positions(stages: list[GPTStage], groups: ProcessGroups) -> Proof:
+    """Compare every live attention module and position embedding with the reference. Collective.
+
+    Raises:
+        ProofError: on every rank, naming the worst rank, layer, head and distance.
+    """
+    findings = [_embedding_finding(stage) for stage in stages]
+    for stage in stages:
+        for attention in core_attentions([stage]):
+            findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
+    gathered: list[tuple[float, str]] = [(0.0, "")] * groups.process.world_size
+    dist.all_gather_object(gathered, max(findings))
+    error, where, rank = max((*finding, rank) for rank, finding in enumerate(gathered))
+    position = stages[0].position
+    tolerance = TOLERANCES[_dtype(stages[0])]
+    if error > tolerance:
+        raise ProofError(
+            f"position method {type(position).__name__}, rank {rank}, {where}: the live module "
+            f"differs from the reference by {error:.3g} nats, rounding allows {tolerance:.3g}; "
+            "training would not be what the config says, so it stops here (if you changed the "
+            "attention code, undo that; else try attention.backend=reference)"
+        )
+    return Proof(
+        fingerprint=_fingerprint(position),
+        backend=core_attentions(stages)[0].backend,
+        largest_error=error,
+        tolerance=tolerance,
+    )
+
+
+def _attention_finding(
+    stage: GPTStage, attention: CoreAttention, num_queries: int, num_keys: int
+) -> tuple[float, str]:
+    """(largest error in nats, where) over heads and probed distances of one layer."""
+    distances = [distance for distance in DISTANCES if distance < num_keys]
+    query_NH, key_KH = _probe(stage, num_keys)
+    live = _live_log_weights(stage, attention, query_NH, key_KH, num_queries, distances)
+    expected = _expected_log_weights(attention.position, query_NH, key_KH)
+    expected = expected[:, [num_keys - 1 - distance for distance in distances]]
+    errors = torch.nan_to_num((live - expected).abs(), nan=math.inf)
+    head, index = divmod(int(errors.argmax()), len(distances))
+    return float(errors.max()), (
+        f"layer {attention.layer_number - 1}, head {attention.position.heads.first + head}, "
+        f"distance {distances[index]} of {num_queries}×{num_keys}"
+    )
+
+
+def _probe(stage: GPTStage, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Queries [N, H] and keys [K, H], exact in the training dtype, whose score q·k/√H is about
+    minus the bias, so that no weight underflows. Keys are the same for every head."""
+    position, head_dim, dtype = stage.position, stage.config.kv_channels, _dtype(stage)
+    farthest = torch.tensor([num_keys - 1.0], dtype=torch.float64)
+    query = torch.zeros(position.heads.count, head_dim, dtype=torch.float64)
+    for head in range(position.heads.count):
+        slope = -position.expected_bias(position.heads.first + head, farthest) / farthest
+        query[head, 0] = slope * math.sqrt(head_dim)
+    key = torch.zeros(num_keys, head_dim, dtype=torch.float64)
+    key[:, 0] = torch.arange(num_keys - 1, -1, -1)
+    return query.to(dtype), key.to(dtype)
+
+
+def _expected_log_weights(position: PositionMethod, query_NH: Tensor, key_KH: Tensor) -> Tensor:
+    """[N, K] fp64: log of the last query's attention weights, from the paper's formula."""
+    distance = torch.arange(key_KH.size(0) - 1, -1, -1, dtype=torch.float64)
+    heads = range(position.heads.first, position.heads.first + position.heads.count)
+    bias = torch.stack([position.expected_bias(head, distance) for head in heads])
+    scores = query_NH.double() @ key_KH.double().T / math.sqrt(query_NH.size(1))
+    return torch.log_softmax(scores + bias, dim=1)
+
+
+def _live_log_weights(
+    stage: GPTStage,
+    attention: CoreAttention,
+    query_NH: Tensor,
+    key_KH: Tensor,
+    num_queries: int,
+    distances: list[int],
+) -> Tensor:
+    """[N, distances] fp64: what the live module gives the last query, read off through values that
+    each single out one key. A value vector holds head_dim of them at a time."""
+    device = next(stage.parameters()).device
+    heads, head_dim = query_NH.shape
+    num_keys = key_KH.size(0)
+    groups = heads * stage.config.num_query_groups // stage.config.num_attention_heads
+    query = query_NH.to(device).expand(num_queries, 1, heads, head_dim)
+    key = key_KH.to(device)[:, None, None, :].expand(num_keys, 1, groups, head_dim)
+    columns = []
+    for first in range(0, len(distances), head_dim):
+        probed = distances[first : first + head_dim]
+        value = torch.zeros(num_keys, 1, groups, head_dim, dtype=key.dtype, device=device)
+        for slot, distance in enumerate(probed):
+            value[num_keys - 1 - distance, :, :, slot] = 1.0
+        with torch.no_grad():
+            context = attention(query, key, value).view(num_queries, heads, head_dim)
+        columns.append(context[-1, :, : len(probed)].double().cpu())
+    return torch.cat(columns, dim=1).log()
+
+
+def _embedding_finding(stage: GPTStage) -> tuple[float, str]:
+    """(largest error of what the method adds to a zero embedding, where)."""
+    width, device = stage.config.hidden_size, next(stage.parameters()).device
+    error = 0.0
+    for position in (0, 1, 257, 5000):
+        zeros = torch.zeros(1, 1, width, dtype=_dtype(stage), device=device)
+        live = stage.position.embed(zeros, position).double().cpu().flatten()
+        expected = stage.position.expected_embedding(position, width)
+        error = max(error, float((live - expected).abs().max()))
+    return error, "position embedding"
+
+
+def _fingerprint(position: PositionMethod) -> str:
+    one = torch.ones(1, dtype=torch.float64)
+    biases = [float(position.expected_bias(head, one)) for head in range(position.heads.total)]
+    content = json.dumps([type(position).__name__, biases, position.embedding_scale])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _dtype(stage: GPTStage) -> torch.dtype:
+    return next(stage.parameters()).dtype

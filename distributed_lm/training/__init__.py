@@ -1,0 +1,1 @@
+"""One training step on two engines, and the loop around it."""

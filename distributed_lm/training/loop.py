@@ -1,0 +1,184 @@
+"""The training loop: which batch next, step, record, validate, save. Only sequencing."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from distributed_lm.checkpoint.store import saved_steps
+from distributed_lm.config import RunConfig
+from distributed_lm.data.batches import TrainingData
+from distributed_lm.data.ledger import advance
+from distributed_lm.errors import TrainingError
+from distributed_lm.pipeline import split_batch
+from distributed_lm.process_groups import ProcessGroups
+from distributed_lm.tracking import Tracker
+from distributed_lm.training.engine import NonFiniteError, StepResult, TrainingEngine
+from distributed_lm.training.optimizer import learning_rate
+from distributed_lm.training.snapshot import load_snapshot, save_snapshot
+from distributed_lm.training.spikes import SpikeDetector
+from distributed_lm.training.throughput import Throughput
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds beside the engine's tensors."""
+
+    data_digest: str
+    """Head of the ledger: a hash chain over the blocks of every step so far."""
+    step: int = 0
+    """Optimizer steps done."""
+    data_position: int = 0
+    """Steps' worth of blocks consumed; more than ``step`` after a rewind left some out."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Yardstick of the spike detector."""
+
+
+class TrainingLoop:
+    """Runs from ``progress`` to ``train.steps``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: TrainingEngine,
+        data: TrainingData,
+        tracker: Tracker,
+        throughput: Throughput,
+        progress: Progress,
+        validate: Callable[[int], None],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.groups: ProcessGroups = engine.groups
+        self.data = data
+        self.tracker = tracker
+        self.throughput = throughput
+        self.progress = progress
+        self.validate = validate
+        self.spikes = SpikeDetector(config.train.spike, progress.recent_losses)
+
+    def run(self) -> None:
+        """Train to the end, with a checkpoint and a validation there.
+
+        Raises:
+            TrainingError: non-finite loss or out of memory; the last checkpoint stands.
+        """
+        steps = self.config.train.steps
+        self.throughput.restart()
+        with _profiler(self.config, self.groups) as advance_profiler:
+            while self.progress.step < steps:
+                result = self._step()
+                advance_profiler()
+                if self.spikes.is_spike(result.loss) and self._handle_spike(result):
+                    continue
+                self._record(result)
+                with self.throughput.stopped():
+                    self._validate_and_save(is_last=self.progress.step == steps)
+
+    def _step(self) -> StepResult:
+        progress, layout = self.progress, self.groups.layout
+        blocks = self.data.blocks(progress.data_position)
+        batch = self.data.batch(progress.data_position, self.groups.coordinates.data, layout.data)
+        self.rate = learning_rate(
+            progress.step + 1,
+            self.config.optimizer.learning_rate,
+            self.config.schedule,
+            self.config.train.steps,
+        )
+        # A spiking batch must not reach the weights, unless spikes are only to be logged.
+        leave_out = self.config.train.spike.action in ("skip", "rewind")
+        limit = self.spikes.limit if leave_out else float("inf")
+        try:
+            result = self.engine.train_step(
+                split_batch(*batch, self.config.batch.micro_batch_size), self.rate, limit
+            )
+        except NonFiniteError as error:
+            where = f"step {progress.step + 1}: {error}; blocks {blocks}"
+            self._event("non_finite", f"stopped before the update, {where}")
+            raise TrainingError(
+                f"non-finite values at {where}. The weights are those of step {progress.step}; "
+                "lower optimizer.learning_rate, or look at that batch"
+            ) from None
+        progress.step += 1
+        progress.data_position += 1
+        progress.data_digest = advance(progress.data_digest, blocks)
+        self.throughput.step_done()
+        return result
+
+    def _record(self, result: StepResult) -> None:
+        step = self.progress.step
+        if step % self.config.train.log_every and step != self.config.train.steps:
+            return
+        values = {
+            "step": step,
+            "tokens": step * self.config.tokens_per_step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": self.rate,
+            **self.throughput.read(),
+            "data_digest": self.progress.data_digest,
+        }
+        self.tracker.log("train", values)
+
+    def _validate_and_save(self, is_last: bool) -> None:
+        step = self.progress.step
+        if is_last or _is_due(step, self.config.evaluation.every):
+            self.validate(step)
+        if is_last or _is_due(step, self.config.checkpoint.save_every):
+            self.progress.recent_losses = list(self.spikes.losses)
+            save_snapshot(self.engine, self.config.run_dir, step, asdict(self.progress))
+
+    def _handle_spike(self, result: StepResult) -> bool:
+        """Act as configured; True if the run is now at an earlier step."""
+        action = self.config.train.spike.action
+        step = self.progress.step
+        message = f"loss {result.loss:.4f} is above {self.spikes.limit:.4f} at step {step}"
+        saved = saved_steps(self.config.run_dir)
+        if action != "rewind" or not saved:
+            done = "update left out" if action in ("skip", "rewind") else "update kept"
+            self._event("spike", f"{message}: {done}", loss=result.loss)
+            return False
+        self._rewind(saved[-1])
+        self._event("rewind", f"{message}: back to step {saved[-1]}, without the batches since")
+        return True
+
+    def _rewind(self, step: int) -> None:
+        """Load checkpoint ``step`` and go on with the data after the spike (PaLM, §5.1)."""
+        data_position = self.progress.data_position
+        self.progress = restore_progress(load_snapshot(self.engine, self.config.run_dir, step))
+        self.progress.data_position = data_position
+        self.spikes = SpikeDetector(self.config.train.spike, self.progress.recent_losses)
+
+    def _event(self, name: str, message: str, **extra: Any) -> None:
+        values = {"event": name, "step": self.progress.step, "message": message, **extra}
+        self.tracker.log("event", values)
+
+
+def restore_progress(state: dict[str, Any]) -> Progress:
+    """From a checkpoint's state."""
+    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@contextlib.contextmanager
+def _profiler(config: RunConfig, groups: ProcessGroups) -> Iterator[Callable[[], None]]:
+    """A torch profiler over the chosen steps; yields what to call after each step."""
+    profile = config.train.profile
+    if profile.start_step == 0:
+        yield lambda: None
+        return
+    path = config.run_dir / "logs" / f"profile_rank_{groups.process.rank}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schedule = torch.profiler.schedule(
+        wait=profile.start_step - 1, warmup=0, active=profile.steps, repeat=1
+    )
+    with torch.profiler.profile(
+        schedule=schedule,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        yield profiler.step

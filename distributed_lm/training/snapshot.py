@@ -1,0 +1,70 @@
+"""A whole training state to and from a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from distributed_lm.checkpoint import store
+from distributed_lm.checkpoint.blocks import Block
+from distributed_lm.process_groups import (
+    ProcessGroups,
+    random_states,
+    seed_random_states,
+    set_random_states,
+)
+from distributed_lm.training.engine import TrainingEngine
+from distributed_lm.training.zero_state import (
+    ensure_moments,
+    loss_scale_state,
+    optimizer_blocks,
+    set_loss_scale_state,
+    set_updates_done,
+    updates_done,
+    weight_blocks,
+)
+
+
+def save_snapshot(engine: TrainingEngine, run_dir: Path, step: int, state: dict[str, Any]) -> Path:
+    """Collective. ``state`` is the loop's own part; the engine's is added here."""
+    ensure_moments(engine)
+    content = {
+        **state,
+        "layout": engine.groups.layout.describe(),
+        "updates_done": updates_done(engine),
+        "loss_scale": loss_scale_state(engine),
+        "config": engine.config.model_dump(mode="json"),
+    }
+    return store.save(run_dir, step, _all_blocks(engine) + _random_blocks(engine.groups), content)
+
+
+def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str, Any]:
+    """Collective. Restores the engine and returns what ``state`` was saved.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the config.
+    """
+    state = store.read_state(run_dir, step)
+    ensure_moments(engine)
+    store.load(run_dir, step, _all_blocks(engine))
+    set_updates_done(engine, state["updates_done"])
+    set_loss_scale_state(engine, state["loss_scale"])
+    if state["layout"] == engine.groups.layout.describe():
+        random = _random_blocks(engine.groups)
+        store.load(run_dir, step, random)
+        set_random_states({block.key.rsplit(".", 1)[1]: block.values for block in random})
+    else:  # no state to continue on this grid: a new one that depends on seed and step alone
+        seed_random_states(engine.config.seed + step, engine.groups)
+    return state
+
+
+def _all_blocks(engine: TrainingEngine) -> list[Block]:
+    return weight_blocks(engine) + optimizer_blocks(engine)
+
+
+def _random_blocks(groups: ProcessGroups) -> list[Block]:
+    """Each rank's random states as tensors of their own, named by its place in the grid."""
+    place = groups.coordinates
+    prefix = f"random.data{place.data}.pipeline{place.pipeline}.tensor{place.tensor}"
+    return [
+        Block(f"{prefix}.{name}", values, tuple(values.shape), (0,), (0,))
+        for name, values in sorted(random_states().items())
+    ]

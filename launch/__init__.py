@@ -1,0 +1,1 @@
+"""Starts the processes of a run. Works on a login node: imports no torch."""
