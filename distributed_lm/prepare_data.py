@@ -212,11 +212,16 @@ def _start_over(work: Path, chosen: tuple[int, int] | None) -> None:
 
 
 def _tokenize(shards: Sequence[Shard], workshop: Workshop, workers: int, console: Console) -> None:
-    # Of the cores this process may use: a Slurm job often has only some of the machine's.
-    processes = workers or len(os.sched_getaffinity(0))
     total = sum(shard.size for shard in shards)
     with TokenizingProgress(console, total, len(shards)) as progress:
-        make_shards(shards, workshop, processes, progress)
+        make_shards(shards, workshop, workers or available_cores(), progress)
+
+
+def available_cores() -> int:
+    """Cores this process may use: a Slurm job often has only some of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS does not say
 
 
 def _shard_folder(folder: Path) -> Path:

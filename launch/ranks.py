@@ -20,8 +20,9 @@ from launch.failure import Failure
 LAST_WORDS = re.compile(
     rb"^(\[rank\d+\]: ?)?(Traceback \(most recent call last\):|error: )", re.MULTILINE
 )
-# A rank that lives on this long after such a line had only logged it: show it after all.
-HOLD_SECONDS = 3.0
+# A rank that lives on this long after such a line had only logged it: show it after all. On a busy
+# machine a failed rank with its libraries takes many seconds to end.
+HOLD_SECONDS = 20.0
 TAIL_BYTES = 64 * 1024
 PR_SET_PDEATHSIG = 1
 

@@ -115,7 +115,7 @@ def writable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:  # an OSError, but it means that the parent process is gone
+    except ConnectionError:  # an OSError, but it means that the parent process is gone
         raise
     except OSError as error:
         raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from distributed_lm.data.inputs import Shard
 from distributed_lm.data.progress import TokenizingProgress
-from distributed_lm.data.shards import Recipe, ShardRecord, make_shard
+from distributed_lm.data.shards import Recipe, Report, make_shard
 from distributed_lm.data.tokenizer import open_tokenizer
 from distributed_lm.errors import DataError
 
@@ -30,41 +30,38 @@ class Workshop:
 
 def make_shards(
     shards: Sequence[Shard], workshop: Workshop, workers: int, progress: TokenizingProgress
-) -> dict[str, ShardRecord]:
-    """Make every shard that is not there yet; records by shard name.
+) -> None:
+    """Make every shard that is not there yet.
 
     Raises:
         DataError: as ``make_shard``, or if a worker process dies; finished shards are kept.
     """
     workers = min(workers, len(shards))
     if workers > 1:
-        return _in_processes(shards, workshop, workers, progress)
+        _in_processes(shards, workshop, workers, progress)
+        return
     make = _maker(workshop)
-    records = {}
     for shard in shards:
-        records[shard.name] = make(shard, progress.update)
+        make(shard, progress.update)
         progress.finish_shard(shard.size)
-    return records
 
 
-def _maker(workshop: Workshop) -> Callable[[Shard, Callable[[int, int], None]], ShardRecord]:
+def _maker(workshop: Workshop) -> Callable[[Shard, Report], None]:
     tokenizer = open_tokenizer(
         workshop.tokenizer_kind, workshop.tokenizer_file, workshop.end_of_document
     )
 
-    def make(shard: Shard, report: Callable[[int, int], None]) -> ShardRecord:
-        return make_shard(shard, workshop.folder, workshop.recipe, tokenizer, report)
+    def make(shard: Shard, report: Report) -> None:
+        make_shard(shard, workshop.folder, workshop.recipe, tokenizer, report)
 
     return make
 
 
 def _in_processes(
     shards: Sequence[Shard], workshop: Workshop, workers: int, progress: TokenizingProgress
-) -> dict[str, ShardRecord]:
-    """Hand out one shard at a time over pipes, largest share of the work to the fastest."""
+) -> None:
+    """Hand out one shard at a time over pipes: the fastest worker does the most."""
     waiting = iter(shards)
-    sizes = {shard.name: shard.size for shard in shards}
-    records: dict[str, ShardRecord] = {}
     with _started(workshop, workers) as connections:
         busy = {connection for connection in connections if _hand_out(connection, waiting)}
         while busy:
@@ -76,12 +73,9 @@ def _in_processes(
                 elif kind == "error":
                     raise DataError(content)
                 else:
-                    name, record = content
-                    records[name] = record
-                    progress.finish_shard(sizes[name])
+                    progress.finish_shard(content)
                     if not _hand_out(connection, waiting):
                         busy.discard(connection)
-    return records
 
 
 @contextlib.contextmanager
@@ -133,8 +127,8 @@ def _work(connection: Connection, workshop: Workshop) -> None:
         make = _maker(workshop)
         while True:
             shard = connection.recv()
-            record = make(shard, lambda *counts: connection.send(("progress", counts)))
-            connection.send(("done", (shard.name, record)))
+            make(shard, lambda *counts: connection.send(("progress", counts)))
+            connection.send(("done", shard.size))
     except DataError as error:
         connection.send(("error", str(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):

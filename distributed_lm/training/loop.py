@@ -21,6 +21,8 @@ from distributed_lm.training.snapshot import load_snapshot, save_snapshot
 from distributed_lm.training.spikes import SpikeDetector
 from distributed_lm.training.throughput import Throughput
 
+MAX_REWINDS_IN_A_ROW = 10
+
 
 @dataclass
 class Progress:
@@ -58,6 +60,7 @@ class TrainingLoop:
         self.progress = progress
         self.validate = validate
         self.spikes = SpikeDetector(config.train.spike, progress.recent_losses)
+        self.rewinds_in_a_row = 0
 
     def run(self) -> None:
         """Train to the end, with a checkpoint and a validation there.
@@ -129,6 +132,7 @@ class TrainingLoop:
         if is_last or _is_due(step, self.config.checkpoint.save_every):
             self.progress.recent_losses = list(self.spikes.losses)
             save_snapshot(self.engine, self.config.run_dir, step, asdict(self.progress))
+            self.rewinds_in_a_row = 0
 
     def _handle_spike(self, result: StepResult) -> bool:
         """Act as configured; True if the run is now at an earlier step."""
@@ -142,6 +146,13 @@ class TrainingLoop:
             return False
         self._rewind(saved[-1])
         self._event("rewind", f"{message}: back to step {saved[-1]}, without the batches since")
+        self.rewinds_in_a_row += 1
+        if self.rewinds_in_a_row == MAX_REWINDS_IN_A_ROW:
+            raise TrainingError(
+                f"{self.rewinds_in_a_row} rewinds to step {saved[-1]} in a row: the loss keeps "
+                "spiking on new batches too; lower optimizer.learning_rate, or raise "
+                f"train.spike.threshold={self.config.train.spike.threshold}"
+            )
         return True
 
     def _rewind(self, step: int) -> None:

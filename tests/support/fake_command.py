@@ -48,7 +48,8 @@ def one_fault_others_hang(rank: int) -> None:
 
 def one_fault_others_wait(rank: int) -> None:
     if rank == 1:
-        time.sleep(0.5)  # until the others have their handlers
+        while not signals_file(0).exists():
+            time.sleep(0.02)
         sys.exit(3)
     wait_for_signals(rank)
 
@@ -67,7 +68,7 @@ def logs_a_traceback(rank: int) -> None:
 
 def wait_for_signals(rank: int) -> None:
     """Notes every signal in a file; SIGTERM ends it well, SIGINT as Python does."""
-    notes = Path(sys.argv[2]).parent / f"signals_{rank}"
+    notes = signals_file(rank)
 
     def note(number: int, frame: object) -> None:
         with notes.open("a") as file:
@@ -83,6 +84,10 @@ def wait_for_signals(rank: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def signals_file(rank: int) -> Path:
+    return Path(sys.argv[2]).parent / f"signals_{rank}"
 
 
 BEHAVIOURS = {

@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 from launch.local import plan_local, run_plan
 
-config, processes, behaviour = sys.argv[1:]
+config, processes, behaviour, grace_seconds = sys.argv[1:]
 plan = plan_local(
     Path(config), [], int(processes), "train", [behaviour], program=[sys.executable, {str(FAKE)!r}]
 )
-sys.exit(run_plan(plan, grace_seconds=0.5))
+sys.exit(run_plan(plan, float(grace_seconds)))
 """
 
 
@@ -44,13 +44,18 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def fake_command_line(config: Path, processes: int, behaviour: str) -> list[str]:
-    return [sys.executable, "-c", LAUNCH_FAKE, str(config), str(processes), behaviour]
+def fake_command_line(
+    config: Path, processes: int, behaviour: str, grace_seconds: float = 10.0
+) -> list[str]:
+    arguments = (config, processes, behaviour, grace_seconds)
+    return [sys.executable, "-c", LAUNCH_FAKE, *map(str, arguments)]
 
 
-def run_fake(config: Path, processes: int, behaviour: str) -> subprocess.CompletedProcess[str]:
+def run_fake(
+    config: Path, processes: int, behaviour: str, grace_seconds: float = 10.0
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        fake_command_line(config, processes, behaviour),
+        fake_command_line(config, processes, behaviour, grace_seconds),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -167,13 +172,13 @@ class TestFailure:
 
     def test_hanging_peers_are_ended(self, config: Path) -> None:
         started = time.monotonic()
-        done = run_fake(config, 3, "one_fault_others_hang")
-        assert time.monotonic() - started < 10
+        done = run_fake(config, 3, "one_fault_others_hang", grace_seconds=0.5)
+        assert time.monotonic() - started < TIMEOUT_SECONDS / 2
         assert done.returncode == 3
         assert "rank 1 of 3 failed with exit code 3" in done.stderr
 
     def test_waiting_peers_may_end_well(self, config: Path) -> None:
-        assert run_fake(config, 2, "one_fault_others_wait").returncode == 3
+        assert run_fake(config, 2, "one_fault_others_wait", grace_seconds=0.5).returncode == 3
         assert signals_of(config)[0] == ["ready", "SIGTERM"]
 
     def test_killed_rank_is_the_cause(self, config: Path) -> None:
@@ -257,7 +262,7 @@ def running(config: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def children_cpu_seconds() -> float:
-    """Of all processes this one has waited for. Unlike the clock, it does not mind a busy machine."""
+    """Of the processes this one has waited for: a busy machine does not change it, as the clock."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

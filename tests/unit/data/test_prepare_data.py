@@ -223,6 +223,16 @@ def test_formats_hold_the_same_documents(tmp_path, speeches):
         assert documents(together, split) == texts_of_split * 3
 
 
+@pytest.mark.parametrize("line_bytes", [50, 73])  # cuts between lines, cuts inside lines
+def test_cut_file_loses_and_repeats_no_line(tmp_path, line_bytes):
+    texts = [f"document {number}" for number in range(200)]
+    lines = [json.dumps({"text": text}).ljust(line_bytes - 1) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    output = prepare(tmp_path / "set", [tmp_path / "a.jsonl"], split="1,0,0", shard_megabytes=0.001)
+    assert documents(output, "train") == texts
+    assert read_manifest(output).skipped == {}
+
+
 def test_hub_data_set_is_streamed(tmp_path, speeches, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -272,6 +282,15 @@ def test_unusable_documents_are_counted_and_reported(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"skipped 1 × broken JSON line: {folder}/lines.jsonl:3" in said
     assert f"{folder}/lines.jsonl:4 (found: body)" in said
+
+
+def test_invalid_text_in_parquet_is_one_skip_not_a_lost_batch(tmp_path):
+    binary = pyarrow.array([b"good", b"\xff\xfe", None, b"also good"])
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 4, binary.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    output = prepare(tmp_path / "set", [tmp_path / "a.parquet"], split="1,0,0")
+    assert documents(output, "train") == ["good", "also good"]
+    assert read_manifest(output).skipped == {"invalid UTF-8": 1, "text field is not a string": 1}
 
 
 def test_same_command_again_changes_nothing_and_another_is_refused(tmp_path, speeches, capsys):
