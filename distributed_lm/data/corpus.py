@@ -108,7 +108,8 @@ def _lines(piece: Piece) -> Iterator[tuple[bytes, str]]:
     with open_bytes(piece.path) as stream:
         if piece.start:
             # The line under way at ``start`` belongs to the piece before.
-            stream.seek(piece.start)
+            stream.seek(piece.start - 1)
+            stream.readline()
         place, number = stream.tell(), 0
         while compressed or place < piece.stop:
             line = stream.readline()

@@ -236,7 +236,9 @@ def explain_out_of_memory(part: str) -> Iterator[None]:
     """Turn the allocator's message into the part that ran out and what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         remedies = {
             "the optimizer step": "raise zero.stage or use more data-parallel ranks",
             "evaluation": "lower evaluation.tokens_per_batch",
@@ -246,4 +248,10 @@ def explain_out_of_memory(part: str) -> Iterator[None]:
             "lower batch.micro_batch_size, set train.recompute=selective or full, or raise "
             "parallel.tensor",
         )
-        raise TrainingError(f"out of memory in {part}; {remedy} ({error})") from None
+        first_line = str(error).splitlines()[0]
+        raise TrainingError(f"out of memory in {part}; {remedy} ({first_line})") from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA's allocator has an exception of its own, the CPU's only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "name": "tiny",
     "seed": 3,
     "precision": "fp32",
-    "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB},
+    "model": {"num_layers": 5, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB},
     "data": {"path": "unused", "sequence_length": 32},
     "batch": {"global_batch_size": 8, "micro_batch_size": 2},
     "train": {"steps": 20},
