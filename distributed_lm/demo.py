@@ -81,8 +81,8 @@ def summary(curves: list[Curve]) -> list[str]:
         f"{worst:.3f} times up to {max(longer) // length}L.",
         f"Sinusoidal at 2L has {sinusoidal.ratio(2 * length):.3f} times its perplexity at L.",
         f"At L itself sinusoidal is {gap:+.1%} from ALiBi ({sinusoidal.at_trained_length:.3f} "
-        f"against {alibi.at_trained_length:.3f}): at this size and after this few tokens ALiBi also "
-        "learns faster at L; in the paper the two are equal there, after 100 billion tokens.",
+        f"against {alibi.at_trained_length:.3f}): at this size and after so few tokens ALiBi also "
+        "learns faster at L; the paper's parity at L comes after far more tokens.",
     ]
 
 

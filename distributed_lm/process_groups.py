@@ -31,12 +31,15 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """From ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; one lonely process without them."""
+        """From ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; one lonely process without them.
+
+        What is missing is set, since DeepSpeed and Megatron read the environment too.
+        """
         try:
             return cls(
-                rank=int(os.environ.get("RANK", "0")),
-                world_size=int(os.environ.get("WORLD_SIZE", "1")),
-                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+                rank=int(os.environ.setdefault("RANK", "0")),
+                world_size=int(os.environ.setdefault("WORLD_SIZE", "1")),
+                local_rank=int(os.environ.setdefault("LOCAL_RANK", "0")),
             )
         except ValueError as error:
             raise ConfigError(
@@ -141,7 +144,6 @@ def _init_torch_distributed(process: Process, timeout_seconds: int) -> None:
         "world_size": process.world_size,
         "timeout": datetime.timedelta(seconds=timeout_seconds),
     }
-    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # DeepSpeed reads it
     if process.world_size == 1:
         dist.init_process_group(store=dist.HashStore(), **options)
         return
