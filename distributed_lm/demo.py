@@ -18,7 +18,7 @@ from distributed_lm.errors import TrainingError
 from distributed_lm.study.extrapolation import Curve, draw, markdown_table, read_curve
 
 CONFIG = Path("configs/runs/demo.yaml")
-POSITIONS = ("alibi", "sinusoidal")
+POSITIONS = {"alibi": "ALiBi", "sinusoidal": "sinusoidal"}
 
 # What the demo must show, at 2L, 4L and 8L: the paper's effect.
 ALIBI_LIMIT = 1.05
@@ -38,8 +38,8 @@ def demo(output_dir: Path) -> None:
     precision = faster_precision()
     console.print(f"precision {precision}: the faster matrix product on this machine")
     curves = []
-    for position in POSITIONS:
-        console.rule(f"{position}, trained at L = {length}")
+    for position, label in POSITIONS.items():
+        console.rule(f"{label}, trained at L = {length}")
         name = f"{output_dir.name}-{position}"
         overrides = [
             f"name={name}",
@@ -48,7 +48,7 @@ def demo(output_dir: Path) -> None:
             f"precision={precision}",
         ]
         _launch(overrides)
-        curves.append(read_curve(output_dir / name, position, length))
+        curves.append(read_curve(output_dir / name, label, length))
     minutes = (time.perf_counter() - started) / 60
     picture = output_dir / "plots" / "extrapolation.png"
     draw(curves, picture)
@@ -100,9 +100,10 @@ def _report(curves: list[Curve], precision: str, minutes: float) -> str:
     findings = "\n".join(f"- {line}" for line in summary(curves))
     return f"""# Train short, test long: the demo
 
-Two models of {config.model.num_layers} layers × {config.model.hidden_size}, trained alike for
-{config.train.steps} steps of {config.tokens_per_step} tokens at L = {curves[0].trained_length} and
-scored on the same {curves[0].tokens_scored:,} held-out tokens, nonoverlapping, at every length.
+Two models of {config.model.num_layers} layers × {config.model.hidden_size}, trained alike on the
+State-of-the-Union speeches for {config.train.steps} steps of {config.tokens_per_step} tokens
+(bytes) at L = {curves[0].trained_length}, and scored on the same {curves[0].tokens_scored:,}
+held-out tokens, nonoverlapping, at every length.
 
 {markdown_table(curves)}
 

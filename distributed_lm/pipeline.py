@@ -55,11 +55,14 @@ def run_schedule(
 
     def forward_step(batches: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
-        output = stage(batch.tokens_BS.to(groups.device), batch.labels_BS.to(groups.device))
+        # Without waiting for what the GPU has still to do of the microbatch before.
+        tokens_BS = batch.tokens_BS.to(groups.device, non_blocking=True)
+        labels_BS = batch.labels_BS.to(groups.device, non_blocking=True)
+        output = stage(tokens_BS, labels_BS)
 
         def loss_function(losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             mask = torch.ones_like(losses_BS) if batch.mask_BS is None else batch.mask_BS
-            mask = mask.to(losses_BS)
+            mask = mask.to(losses_BS, non_blocking=True)
             summed = (losses_BS * mask).sum()
             # Megatron divides what it is given by the number of microbatches, in place: keep ours.
             totals[0] += summed.detach().double()

@@ -28,6 +28,7 @@ PEAK_FLOPS = {
     "H100": 989.4e12,
     "A100": 312.0e12,
     "V100": 125.0e12,
+    "L40S": 362.0e12,
     "L40": 181.0e12,
     "A10G": 70.0e12,
 }
@@ -46,6 +47,11 @@ def select_device(local_rank: int) -> torch.device:
     if not has_cuda():
         return torch.device("cpu")
     # Slurm's --gpus-per-task leaves each task one visible device, torchrun leaves it all of them.
+    if 1 < torch.cuda.device_count() <= local_rank:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node shows "
+            f"{torch.cuda.device_count()}; start at most that many processes on it"
+        )
     index = local_rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -84,8 +90,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return _measured_matmul_flops(device, dtype), "measured matrix product"
 
 
-def _measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Best of five products of two ``size × size`` matrices, in FLOP/s."""
+def _measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Best of five products of two square matrices, in FLOP/s."""
+    size = 8192 if device.type == "cuda" else 1024  # long enough to hide a kernel's launch
     left = torch.randn(size, size, device=device).to(dtype)
     seconds = []
     for _ in range(5):

@@ -85,6 +85,9 @@ def start(config: RunConfig, process: Process, layout: Layout) -> ProcessGroups:
         ConfigError: if the launcher left out what torch.distributed needs.
     """
     device = platform.select_device(process.local_rank)
+    if device.index is not None:
+        # Where DeepSpeed looks for its device: local rank 3 may be a task that sees one GPU.
+        os.environ["LOCAL_RANK"] = str(device.index)
     platform.install_cpu_stand_ins()
     _init_torch_distributed(process, config.parallel.timeout_seconds)
     parallel_state.initialize_model_parallel(

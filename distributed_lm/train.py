@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict
 
+from rich.console import Console
+
 from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint.store import saved_steps
 from distributed_lm.config import RunConfig
@@ -39,6 +41,9 @@ def train(config: RunConfig) -> None:
     platform.check_precision(config.precision)
     check_lengths(config, evaluation_lengths(config))
     first_step = _first_step(config)
+    if first_step >= config.train.steps:
+        _say_finished(config, first_step, process)
+        return
     build_index_caches(config)
     groups = process_groups.start(config, process, layout)
     try:
@@ -90,6 +95,15 @@ def _first_step(config: RunConfig) -> int:
             "checkpoint.resume=false; choose another name, or remove the folder"
         )
     return steps[-1] if steps else 0
+
+
+def _say_finished(config: RunConfig, step: int, process: Process) -> None:
+    if process.rank == 0:
+        Console().print(
+            f"{config.run_dir} is finished: step {step} of train.steps={config.train.steps}; "
+            "raise train.steps to go on",
+            soft_wrap=True,
+        )
 
 
 def _validator(

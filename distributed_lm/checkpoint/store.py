@@ -105,7 +105,7 @@ def _sharded(blocks: list[Block]) -> dict[str, Any]:
     return {
         str(index): ShardedTensor(
             key=block.key,
-            data=block.values.detach().clone(),
+            data=block.values.detach().to("cpu", copy=True),  # a GPU has no room for another
             dtype=block.values.dtype,
             local_shape=tuple(block.values.shape),
             global_shape=block.global_shape,

@@ -4,6 +4,7 @@ Source: Press, Smith and Lewis, "Train Short, Test Long" (ICLR 2022), §3, and `
 authors' fairseq fork for head counts that are not a power of two.
 """
 
+import functools
 import math
 
 import torch
@@ -26,6 +27,13 @@ def alibi_slopes(num_heads: int) -> list[float]:
     if power < num_heads:
         slopes += alibi_slopes(2 * power)[0::2][: num_heads - power]
     return slopes
+
+
+@functools.lru_cache(maxsize=32)
+def slopes_tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """[heads] fp32 on ``device``. Kept: every layer asks for it, and each copy to a GPU waits for
+    all work queued there."""
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 def alibi_bias(slopes: Tensor, queries: range, num_keys: int) -> Tensor:

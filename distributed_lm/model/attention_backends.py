@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_lm.errors import ConfigError
+from distributed_lm.model.alibi import slopes_tensor
 from distributed_lm.model.positions import PositionMethod
 
 Attend = Callable[[Tensor, Tensor, Tensor, PositionMethod], Tensor]
 
 # Largest bias kept at once, in fp32 elements (256 MiB): longer inputs go through in query chunks.
 MAX_BIAS_ELEMENTS = 1 << 26
+
+# FlexAttention is compiled for each shape: training, the proof and every evaluated length, with and
+# without gradients. Past torch's default of 8 it would run unfused, the whole matrix of scores in
+# memory.
+MAX_COMPILED_SHAPES = 128
 
 
 def reference(
@@ -47,6 +53,12 @@ def sdpa(
         return F.scaled_dot_product_attention(
             query_BNQH, key_BGKH, value_BGKH, is_causal=True, enable_gqa=grouped
         )
+    dtype = query_BNQH.dtype
+    if query_BNQH.is_cuda:
+        # CUDA's fused kernels refuse an fp32 mask for 16-bit queries, or (cuDNN) misread it.
+        query_BNQH, key_BGKH, value_BGKH = (
+            tensor.float() for tensor in (query_BNQH, key_BGKH, value_BGKH)
+        )
     heads = query_BNQH.size(1) if position.has_bias else 1
     chunk = max(1, MAX_BIAS_ELEMENTS // (heads * num_keys))
     first = num_keys - num_queries
@@ -64,7 +76,7 @@ def sdpa(
                 enable_gqa=grouped,
             )
         )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).to(dtype)
 
 
 def flex(
@@ -77,7 +89,7 @@ def flex(
         query_BNQH,
         key_BGKH,
         value_BGKH,
-        score_mod=position.score_mod(num_keys - num_queries),
+        score_mod=position.score_mod(num_keys - num_queries, query_BNQH.device),
         block_mask=_causal_block_mask(num_queries, num_keys, query_BNQH.device),
         enable_gqa=key_BGKH.size(1) != query_BNQH.size(1),
     )
@@ -91,7 +103,7 @@ def flash(
 
     slopes = None
     if position.linear_slopes is not None:
-        slopes = torch.tensor(position.linear_slopes, dtype=torch.float32, device=query_BNQH.device)
+        slopes = slopes_tensor(position.linear_slopes, query_BNQH.device)
     context_BQNH = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query_BNQH, key_BGKH, value_BGKH)),
         causal=True,
@@ -108,22 +120,27 @@ BACKENDS: dict[str, Attend] = {
 }
 
 
-def choose_backend(name: str, position: PositionMethod, device: torch.device) -> str:
+def choose_backend(
+    name: str, position: PositionMethod, device: torch.device, dtype: torch.dtype
+) -> str:
     """The backend to use: ``name``, or for ``auto`` the fastest that fits.
 
     Raises:
-        ConfigError: if the backend asked for cannot do this position method on this device.
+        ConfigError: if the backend asked for cannot do this position method on this device in this
+            dtype.
     """
     if name == "auto":
         can_flex = not position.has_bias or type(position).score_mod is not _no_score_mod()
         return "flex" if device.type == "cuda" and can_flex else "sdpa"
-    problem = unavailable_reason(name, position, device)
+    problem = unavailable_reason(name, position, device, dtype)
     if problem:
         raise ConfigError(f"attention.backend={name}: {problem}; use attention.backend=auto")
     return name
 
 
-def unavailable_reason(name: str, position: PositionMethod, device: torch.device) -> str | None:
+def unavailable_reason(
+    name: str, position: PositionMethod, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """Why backend ``name`` cannot train here, or None if it can."""
     if name == "flex":
         if device.type != "cuda":
@@ -135,6 +152,8 @@ def unavailable_reason(name: str, position: PositionMethod, device: torch.device
             return "FlashAttention-2 needs a GPU"
         if importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"
+        if dtype == torch.float32:
+            return "FlashAttention-2 takes precision=bf16 or fp16, not fp32"
         if position.has_bias and position.linear_slopes is None:
             return f"{type(position).__name__}'s bias is not linear"
     return None
@@ -147,7 +166,8 @@ def causal_bias(
 
     Returns:
         fp32 [N, Q, K], or [1, Q, K] without a bias. The last one asked for is kept on the
-        position method, since every layer of a stage asks for the same.
+        position method, since every layer of a stage asks for the same; not if it has weights,
+        which training changes and which need a gradient each time.
     """
     key = (queries, num_keys, device)
     cached = getattr(position, "_cached_bias", None)
@@ -159,7 +179,7 @@ def causal_bias(
     keys = torch.arange(num_keys, device=device)
     rows = torch.arange(queries.start, queries.stop, device=device)
     bias = bias.masked_fill(keys[None, :] > rows[:, None], float("-inf"))
-    if not bias.requires_grad:
+    if next(position.parameters(), None) is None:
         object.__setattr__(position, "_cached_bias", (key, bias))
     return bias
 
@@ -180,7 +200,8 @@ def _flex_module() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
-    return torch.compile(_flex_module().flex_attention, dynamic=False)
+    compiled = torch.compile(_flex_module().flex_attention, dynamic=False)
+    return torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
 
 
 @functools.lru_cache(maxsize=16)

@@ -149,7 +149,8 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
         config.model.num_attention_heads, groups.coordinates.tensor, groups.layout.tensor
     )
     position = build_position(config.model, heads)
-    backend = choose_backend(config.attention.backend, position, groups.device)
+    dtype = platform.DTYPES[config.precision]
+    backend = choose_backend(config.attention.backend, position, groups.device, dtype)
     transformer = transformer_config(config)
     layer = _layer_spec(config, position, backend)
     norm = NORMS[config.model.normalization]
@@ -172,7 +173,6 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
                 post_process=last_pipeline and chunk == chunks - 1,
             )
         )
-    dtype = platform.DTYPES[config.precision]
     return [stage.to(device=groups.device, dtype=dtype) for stage in stages]
 
 

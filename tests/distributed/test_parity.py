@@ -48,8 +48,13 @@ def serial_weights(position: str) -> dict[str, np.ndarray]:
     return assemble_weights([serial(position)])
 
 
-@pytest.mark.parametrize("position", sorted(METHODS))
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+# A user's own method, from his own file, inherits the tests.
+CUSTOM = "tests.support.custom_position:LogarithmicBias"
+CASES = [(layout, position) for position in sorted(METHODS) for layout in LAYOUTS]
+CASES += [(layout, CUSTOM) for layout in ("tp2-sequence", "tp2-pp2")]
+
+
+@pytest.mark.parametrize(("layout", "position"), CASES)
 def test_layout_equals_one_process(layout: str, position: str) -> None:
     world_size, sections = LAYOUTS[layout]
     steps = STEPS if world_size < 8 else 8

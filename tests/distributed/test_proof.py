@@ -16,6 +16,7 @@ from distributed_lm.model.positions.alibi import Alibi
 from distributed_lm.model.positions.base import HeadSlice
 from distributed_lm.model.proof import prove_positions
 from distributed_lm.process_groups import Process
+from tests.distributed.test_parity import CUSTOM
 from tests.support.ranks import run_distributed
 from tests.support.training import VOCAB, build_engine, tiny_config
 
@@ -29,7 +30,7 @@ def prove(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("position", sorted(METHODS))
+@pytest.mark.parametrize("position", [*sorted(METHODS), CUSTOM])
 def test_real_model_is_proved_with_one_fingerprint_at_any_layout(
     position: str, precision: str
 ) -> None:

@@ -110,6 +110,8 @@ def test_resume_is_the_uninterrupted_run_and_steps_can_be_raised(runs: Runs) -> 
     whole = runs.train("whole", *short, "train.steps=12")
     runs.train("parts", *short)
     parts = runs.train("parts", *short, "train.steps=12")
+    before = len(parts["event"])
+    assert len(runs.train("parts", *short, "train.steps=12")["event"]) == before  # finished
     assert losses(parts) == losses(whole)
     assert parts["train"][-1]["data_digest"] == whole["train"][-1]["data_digest"]
     assert [line["step"] for line in parts["train"]] == list(range(1, 13))

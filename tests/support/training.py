@@ -82,7 +82,7 @@ def local_weights(engine: TrainingEngine) -> list[tuple[str, tuple, tuple, np.nd
         with deepspeed.zero.GatheredParameters(
             [shard.parameter], enabled=engine.config.zero.stage == 3
         ):
-            values = shard.parameter.detach().float().numpy().copy()
+            values = shard.parameter.detach().float().cpu().numpy().copy()
         for piece in shard.pieces:
             rows = values[piece.first_row : piece.first_row + piece.rows]
             blocks.append((piece.name, piece.global_shape, piece.global_offset, rows))

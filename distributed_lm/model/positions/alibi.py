@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from distributed_lm.config import ModelConfig
-from distributed_lm.model.alibi import alibi_bias, alibi_slopes
+from distributed_lm.model.alibi import alibi_bias, alibi_slopes, slopes_tensor
 from distributed_lm.model.positions.base import HeadSlice, PositionMethod, ScoreMod
 
 
@@ -19,13 +19,12 @@ class Alibi(PositionMethod):
 
     def slopes(self, device: torch.device) -> Tensor:
         """[N] fp32."""
-        return torch.tensor(self.linear_slopes, dtype=torch.float32, device=device)
+        return slopes_tensor(self.linear_slopes, device)
 
     def bias(self, queries: range, num_keys: int, device: torch.device) -> Tensor:
         return alibi_bias(self.slopes(device), queries, num_keys)
 
-    def score_mod(self, first_query: int) -> ScoreMod:
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    def score_mod(self, first_query: int, device: torch.device) -> ScoreMod:
         slopes = self.slopes(device)
 
         def add_bias(

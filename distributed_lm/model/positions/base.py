@@ -66,9 +66,10 @@ class PositionMethod(nn.Module):
         """[N, Q, K] fp32, added to the scaled scores; None adds nothing."""
         return None
 
-    def score_mod(self, first_query: int) -> ScoreMod | None:
+    def score_mod(self, first_query: int, device: torch.device) -> ScoreMod | None:
         """The same bias for FlexAttention, ``(score, batch, head, query, key) -> score`` with
-        indices local to this rank; None where ``bias`` is None or cannot be put this way."""
+        indices local to this rank and any tensors on ``device``; None where ``bias`` is None or
+        cannot be put this way."""
         return None
 
     def expected_bias(self, head: int, distance: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""Every kernel against the fp32 reference, forward and backward, and the reference against fp64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_lm.errors import ConfigError
+from distributed_lm.model import attention_backends
+from distributed_lm.model.attention_backends import BACKENDS, choose_backend, unavailable_reason
+from distributed_lm.model.core_attention import CoreAttention
+from distributed_lm.model.positions import METHODS, HeadSlice, PositionMethod, build_position
+from tests.support.training import tiny_config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HEAD_DIM = 16
+FIRST_LENGTH = 20
+# fp32: rounding of sums of 300 terms. bf16: a few units in the last place of values around 1.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def position_method(name: str, num_heads: int) -> PositionMethod:
+    model = tiny_config(model={"position": name}).model
+    return build_position(model, HeadSlice(0, num_heads, num_heads))
+
+
+def draw(
+    heads: int, groups: int, queries: int, keys: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, N, Q, H], key and value [B, G, K, H], laid out as Megatron hands them over."""
+    generator = torch.Generator().manual_seed(heads + 100 * queries + keys)
+    shapes = [(queries, heads), (keys, groups), (keys, groups)]
+    tensors = [
+        torch.randn(length, 2, count, HEAD_DIM, generator=generator).to(dtype).permute(1, 2, 0, 3)
+        for length, count in shapes
+    ]
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)  # type: ignore[return-value]
+
+
+def forward_backward(
+    backend: str, inputs: tuple[Tensor, Tensor, Tensor], position: PositionMethod
+) -> list[Tensor]:
+    """Output and the gradients of query, key and value, in fp32."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = BACKENDS[backend](*leaves, position)
+    assert output.dtype == inputs[0].dtype
+    assert output.shape == inputs[0].shape
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
+    return [tensor.float() for tensor in (output.detach(), *(leaf.grad for leaf in leaves))]
+
+
+def formula(query: Tensor, key: Tensor, value: Tensor, position: PositionMethod) -> Tensor:
+    """Attention in fp64 with the bias from the method's independent formula, one head at a time."""
+    num_queries, num_keys = query.size(2), key.size(2)
+    outputs = []
+    for head in range(query.size(1)):
+        group = head * key.size(1) // query.size(1)
+        scores = query[:, head].double() @ key[:, group].double().transpose(1, 2)
+        rows = torch.arange(num_keys - num_queries, num_keys)[:, None]
+        distance = (rows - torch.arange(num_keys)[None, :]).double()
+        bias = position.expected_bias(position.heads.first + head, distance)
+        scores = scores / math.sqrt(HEAD_DIM) + bias
+        weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
+        outputs.append(weights @ value[:, group].double())
+    return torch.stack(outputs, dim=1)
+
+
+SHAPES = {
+    "square": (4, 4, 64, 64),
+    "twelve heads": (12, 12, 33, 33),
+    "grouped queries": (12, 4, 48, 48),
+    "one key-value head": (4, 1, 31, 31),
+    "continuation": (4, 4, 7, 50),
+    "continuation of one, grouped": (12, 4, 1, 301),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_reference_is_the_formula(name: str, shape: tuple[int, int, int, int]) -> None:
+    position = position_method(name, shape[0])
+    inputs = draw(*shape)
+    expected = formula(*inputs, position).float()
+    torch.testing.assert_close(
+        BACKENDS["reference"](*inputs, position), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_sdpa_equals_reference_forward_and_backward(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    position = position_method(name, shape[0])
+    inputs = draw(*shape, dtype)
+    expected = forward_backward("reference", inputs, position)
+    for live, wanted in zip(forward_backward("sdpa", inputs, position), expected, strict=True):
+        atol = TOLERANCES[dtype] * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(live, wanted, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 49])
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 50, 50), (12, 4, 50, 50), (4, 2, 9, 50)], ids=["square", "grouped", "tail"]
+)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_query_chunks_change_nothing(
+    name: str,
+    shape: tuple[int, int, int, int],
+    chunk_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    position = position_method(name, shape[0])
+    inputs = draw(*shape)
+    expected = forward_backward("sdpa", inputs, position)
+    bias_heads = shape[0] if position.has_bias else 1
+    monkeypatch.setattr(attention_backends, "MAX_BIAS_ELEMENTS", chunk_rows * bias_heads * shape[3])
+    position = position_method(name, shape[0])
+    biases: list[torch.Size] = []
+    watch_biases(monkeypatch, biases)
+    for live, wanted in zip(forward_backward("sdpa", inputs, position), expected, strict=True):
+        torch.testing.assert_close(live, wanted, atol=1e-5, rtol=1e-5)
+    for size in biases:
+        assert size.numel() <= attention_backends.MAX_BIAS_ELEMENTS
+    if position.has_bias:
+        assert len(biases) == -(-shape[2] // chunk_rows)
+
+
+def watch_biases(monkeypatch: pytest.MonkeyPatch, sizes: list[torch.Size]) -> None:
+    """Note the size of every bias that is made."""
+    original = attention_backends.causal_bias
+
+    def noted(*arguments: Any) -> Tensor:
+        bias = original(*arguments)
+        sizes.append(bias.shape)
+        return bias
+
+    monkeypatch.setattr(attention_backends, "causal_bias", noted)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_one_module_takes_any_length_after_any_other(name: str, backend: str) -> None:
+    """1×, 4×, 5×, 16× of the first call, back again, ragged lengths, and continuations."""
+    attention = CoreAttention(None, 1, position_method(name, 4), backend)  # type: ignore[arg-type]
+    lengths = [(factor * FIRST_LENGTH,) * 2 for factor in (1, 4, 5, 16, 1)]
+    for queries, keys in [*lengths, (1, 1), (37, 37), (5, 37), (1, 38), (20, 20)]:
+        query, key, value = draw(4, 2, queries, keys)
+        live = attention(*(tensor.permute(2, 0, 1, 3) for tensor in (query, key, value)))
+        assert live.shape == (queries, 2, 4 * HEAD_DIM)
+        expected = formula(query, key, value, attention.position).permute(2, 0, 1, 3).flatten(2)
+        torch.testing.assert_close(live.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_mask_is_refused() -> None:
+    attention = CoreAttention(None, 1, position_method("alibi", 4), "sdpa")  # type: ignore[arg-type]
+    query, key, value = (tensor.permute(2, 0, 1, 3) for tensor in draw(4, 4, 8, 8))
+    with pytest.raises(ValueError, match="takes no attention_mask"):
+        attention(query, key, value, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_equals_reference_forward(name: str, shape: tuple[int, int, int, int]) -> None:
+    """Uncompiled on the CPU: the same mask and score functions as the kernel gets on a GPU."""
+    position = position_method(name, shape[0])
+    inputs = [tensor.detach() for tensor in draw(*shape)]  # it has no backward on a CPU
+    live = BACKENDS["flex"](*inputs, position)
+    expected = BACKENDS["reference"](*inputs, position)
+    torch.testing.assert_close(live, expected, atol=2e-5, rtol=0)
+
+
+class LearnedBias(PositionMethod):
+    """A user's own method whose bias is trained, and has no ``score_mod``."""
+
+    has_bias = True
+
+    def __init__(self) -> None:
+        super().__init__(tiny_config().model, HeadSlice(0, 4, 4))
+        self.table = torch.nn.Parameter(torch.zeros(4, 64))
+
+    def bias(self, queries: range, num_keys: int, device: torch.device) -> Tensor:
+        rows = torch.arange(queries.start, queries.stop)[:, None]
+        return self.table[:, (rows - torch.arange(num_keys)).clamp(min=0)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_trained_bias_is_never_stale(backend: str) -> None:
+    """Not after evaluation without gradients at the same length, and not after an update."""
+    position = LearnedBias()
+    inputs = draw(4, 4, 16, 16)
+    with torch.no_grad():
+        before = BACKENDS[backend](*inputs, position)
+    BACKENDS[backend](*inputs, position).square().sum().backward()
+    assert position.table.grad is not None
+    assert position.table.grad.abs().max() > 0
+    with torch.no_grad():
+        position.table[:, 0] = 50.0
+        after = BACKENDS[backend](*inputs, position)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, inputs[2], atol=1e-4, rtol=0)  # each token sees itself alone
+
+
+def test_auto_takes_the_fastest_that_fits() -> None:
+    alibi = position_method("alibi", 4)
+    assert choose_backend("auto", alibi, CPU, torch.float32) == "sdpa"
+    assert choose_backend("auto", alibi, CUDA, torch.bfloat16) == "flex"
+    assert choose_backend("auto", LearnedBias(), CUDA, torch.bfloat16) == "sdpa"
+    for name in ("reference", "sdpa"):
+        assert choose_backend(name, LearnedBias(), CPU, torch.float32) == name
+
+
+UNAVAILABLE = [
+    ("flex", "alibi", CPU, torch.bfloat16, "FlexAttention has no backward on CPU"),
+    ("flash", "alibi", CPU, torch.bfloat16, "FlashAttention-2 needs a GPU"),
+    ("flex", "learned", CUDA, torch.bfloat16, "LearnedBias has no score_mod"),
+    ("flash", "learned", CUDA, torch.bfloat16, "LearnedBias's bias is not linear"),
+    ("flash", "alibi", CUDA, torch.float32, "takes precision=bf16 or fp16, not fp32"),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "device", "dtype", "reason"), UNAVAILABLE)
+def test_what_cannot_work_is_refused_with_the_reason(
+    name: str,
+    method: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: object())
+    position = LearnedBias() if method == "learned" else position_method(method, 4)
+    with pytest.raises(ConfigError) as caught:
+        choose_backend(name, position, device, dtype)
+    assert f"attention.backend={name}: " in str(caught.value)
+    assert reason in str(caught.value)
+    assert "use attention.backend=auto" in str(caught.value)
+
+
+def test_flash_asks_for_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    alibi = position_method("alibi", 4)
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: None)
+    reason = unavailable_reason("flash", alibi, CUDA, torch.bfloat16)
+    assert reason == "the package flash-attn is not installed"
+    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: object())
+    assert unavailable_reason("flash", alibi, CUDA, torch.bfloat16) is None
