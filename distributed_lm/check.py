@@ -4,62 +4,63 @@ from rich.console import Console
 
 from distributed_lm import platform, process_groups
 from distributed_lm.config import RunConfig
-from distributed_lm.data.manifest import Manifest, read_manifest
+from distributed_lm.data.manifest import verify_manifest
+from distributed_lm.data.tokenizer import tokenizer_of
 from distributed_lm.layout import Layout
-from distributed_lm.model.gpt import build_stages, check_vocab_size, padded_vocab_size
+from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.proof import Proof, prove_positions
 from distributed_lm.planner.parameters import total_parameters
+from distributed_lm.preflight import Preflight, preflight
 from distributed_lm.process_groups import Process
 
 
 def check(config: RunConfig) -> None:
     """Report environment, devices and data, build the model and prove its positions.
 
-    With fewer processes than the layout needs, the model is built whole on each of them.
+    One process alone checks the config for one replica of its layout and builds the model whole;
+    started through ``python -m launch local … --command check``, every rank proves its own part.
 
     Raises:
         UserError: the first thing that would stop a run.
     """
     process = Process.from_environment()
-    platform.check_precision(config.precision)
-    manifests = [read_manifest(corpus.path) for corpus in config.data.corpora]
-    vocab_size = padded_vocab_size(config.model, manifests[0].vocab_size)
-    check_vocab_size(config, vocab_size, manifests[0].vocab_size)
-    if process.world_size == 1:
-        alone = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False}
-        parallel = config.parallel.model_copy(update=alone)
-        config = config.model_copy(update={"parallel": parallel})
-    layout = Layout.grid(config.parallel, process.world_size)
-    groups = process_groups.start(config, process, layout)
+    alone = process.world_size == 1
+    replica = config.parallel.tensor * config.parallel.pipeline
+    found = preflight(config, replica if alone else process.world_size)
+    for corpus in found.corpora:
+        verify_manifest(corpus.folder)
+        tokenizer_of(corpus.folder, corpus.manifest)
+    built = config.with_whole_model() if alone else config
+    layout = Layout.grid(built.parallel, process.world_size)
+    groups = process_groups.start(built, process, layout)
     try:
-        stages = build_stages(config, vocab_size, groups)
-        initialize_weights(parameter_shards(stages, groups), config.model, config.seed)
+        stages = build_stages(built, found.vocab_size, groups)
+        initialize_weights(parameter_shards(stages, groups), built.model, built.seed)
         proof = prove_positions(stages, groups)
     finally:
         process_groups.stop()
     if process.rank == 0:
-        _report(config, layout, vocab_size, manifests, proof)
+        _report(config, layout, found, proof)
 
 
-def _report(
-    config: RunConfig, layout: Layout, vocab_size: int, manifests: list[Manifest], proof: Proof
-) -> None:
-    console = Console()
+def _report(config: RunConfig, proved: Layout, found: Preflight, proof: Proof) -> None:
+    console = Console(soft_wrap=True, highlight=False)
     for name, value in platform.describe_environment().items():
         console.print(f"{name:<14} {value}")
-    for corpus, manifest in zip(config.data.corpora, manifests, strict=True):
-        split = manifest.splits["train"]
+    for corpus in found.corpora:
         console.print(
-            f"{'data set':<14} {corpus.path}: {split.tokens:,} training tokens in "
-            f"{split.documents:,} documents, vocabulary {manifest.vocab_size}"
+            f"{'data set':<14} {corpus.folder}: {corpus.train.tokens:,} training tokens in "
+            f"{corpus.train.documents:,} documents, vocabulary {corpus.manifest.vocab_size}, "
+            "hashes as in its manifest"
         )
-    parameters = total_parameters(config.model, vocab_size)
+    parameters = total_parameters(config.model, found.vocab_size)
     console.print(f"{'model':<14} {parameters:,} parameters, {config.precision}")
-    console.print(f"{'layout':<14} {layout.describe()}")
+    console.print(f"{'layout':<14} {found.layout.describe()}")
     console.print(
-        f"{'positions':<14} {config.model.position} proved against the fp32 reference with the "
-        f"{proof.backend} kernel: largest error {proof.largest_error:.2g} nats "
-        f"(rounding allows {proof.tolerance:.2g}), fingerprint {proof.fingerprint}"
+        f"{'positions':<14} {config.model.position} proved against the fp64 reference on "
+        f"{proved.describe()} with the {proof.backend} kernel: largest error "
+        f"{proof.largest_error:.2g} nats (rounding allows {proof.tolerance:.2g}), fingerprint "
+        f"{proof.fingerprint}"
     )
     console.print("ready")

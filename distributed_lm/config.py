@@ -23,6 +23,14 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
+# Overrides that build the model unsplit: evaluation is not bound to the layout of training.
+WHOLE_MODEL_LAYOUT = (
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.virtual_pipeline=1",
+    "parallel.sequence=false",
+)
+
 # A run's name becomes a folder, a Slurm job name and a W&B run name: nothing a shell could read.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -85,7 +93,7 @@ class WeightedPath(Section):
 
 
 class DataConfig(Section):
-    path: str | tuple[WeightedPath, ...]
+    path: str | Annotated[tuple[WeightedPath, ...], Field(min_length=1)]
     """Folder written by ``prepare-data``, or a list of ``{path, weight}`` to blend."""
     sequence_length: Count
     """Tokens per training sequence."""
@@ -253,6 +261,16 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.batch.global_batch_size * self.data.sequence_length
 
+    @property
+    def evaluation_lengths(self) -> tuple[int, ...]:
+        """Context lengths to score: as configured, or the trained one."""
+        return self.evaluation.lengths or (self.data.sequence_length,)
+
+    def with_whole_model(self) -> "RunConfig":
+        """The same with the model unsplit, as one process can build it."""
+        whole = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False}
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update=whole)})
+
     def to_yaml(self) -> str:
         """The resolved config as YAML: loading it again gives the same config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -273,7 +291,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         path = path / "config.yaml"
     merged = OmegaConf.merge(_read_with_parents(path, ()), _parse_overrides(overrides))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(merged, resolve=False)
+        _refuse_interpolation(values, path)
         config = RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
@@ -292,6 +311,11 @@ def check_config(config: RunConfig) -> None:
     _check_model(config.model)
     _check_lengths(config)
     check_layout(config)
+    if config.schedule.decay_steps is not None and config.schedule.kind != "wsd":
+        raise ConfigError(
+            f"schedule.decay_steps={config.schedule.decay_steps} has a meaning for "
+            f"schedule.kind=wsd only, found {config.schedule.kind}; leave it out"
+        )
     if config.precision != "fp32" and config.zero.stage == 0:
         raise ConfigError(
             f"zero.stage=0 keeps no fp32 master weights for precision={config.precision}; "
@@ -362,10 +386,22 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Any:
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected 'key: value' lines, found a list")
     parents = values.pop("extends", [])
-    parents = [parents] if isinstance(parents, str) else parents
+    parents = [parents] if isinstance(parents, str | int) else parents
+    if parents is None or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: extends={parents}: expected a file name or a list of them")
     chain = (*children, path.resolve())
     layers = [_read_with_parents(path.parent / parent, chain) for parent in parents]
     return OmegaConf.merge(*layers, values)
+
+
+def _refuse_interpolation(values: Any, path: Path, field: str = "") -> None:
+    """OmegaConf could fill ``${oc.env:NAME}`` in, and a secret would end up in the run folder."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in items:
+            _refuse_interpolation(value, path, f"{field}.{key}" if field else str(key))
+    elif isinstance(values, str) and "${" in values:
+        raise ConfigError(f"{path}: {field}={values}: ${{}} is not filled in; write the value")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:

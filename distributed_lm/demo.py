@@ -1,65 +1,64 @@
 """``distributed-lm demo``: the paper's effect on a laptop, with the code that runs on a cluster.
 
 Trains an ALiBi and a sinusoidal model of equal size at a short length L on two processes (TP=2),
-evaluates both at L … 8L, and says what came out.
+always on the CPU, evaluates both at L … 8L, and says what came out. Runs that are already there are
+not trained again.
 """
 
+import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from distributed_lm import platform
-from distributed_lm.config import load_config
+from distributed_lm.config import RunConfig, load_config
 from distributed_lm.errors import TrainingError
 from distributed_lm.study.extrapolation import Curve, draw, markdown_table, read_curve
 
 CONFIG = Path("configs/runs/demo.yaml")
 POSITIONS = {"alibi": "ALiBi", "sinusoidal": "sinusoidal"}
 
-# What the demo must show, at 2L, 4L and 8L: the paper's effect.
+# What the demo must show at 2L … 8L: the paper's effect.
 ALIBI_LIMIT = 1.05
 SINUSOIDAL_AT_2L = 1.3
 
 
-def demo(output_dir: Path) -> None:
-    """Train, evaluate, report into ``output_dir``.
+def demo(output_dir: Path, config_path: Path = CONFIG, overrides: tuple[str, ...] = ()) -> None:
+    """Train, evaluate, and report into ``output_dir``.
+
+    Args:
+        overrides: of the config, for both arms.
 
     Raises:
         TrainingError: if a run fails, or the effect does not show.
     """
-    console = Console()
-    started = time.perf_counter()
-    config = load_config(CONFIG)
-    length = config.data.sequence_length
+    console = Console(soft_wrap=True, highlight=False)
     precision = faster_precision()
     console.print(f"precision {precision}: the faster matrix product on this machine")
-    curves = []
+    arms: list[RunConfig] = []
     for position, label in POSITIONS.items():
-        console.rule(f"{label}, trained at L = {length}")
-        name = f"{output_dir.name}-{position}"
-        overrides = [
-            f"name={name}",
+        arguments = [
+            f"name={output_dir.name}-{position}",
             f"output_dir={output_dir}",
             f"model.position={position}",
             f"precision={precision}",
+            *overrides,
         ]
-        _launch(overrides)
-        curves.append(read_curve(output_dir / name, label, length))
-    minutes = (time.perf_counter() - started) / 60
-    picture = output_dir / "plots" / "extrapolation.png"
-    draw(curves, picture)
-    report = output_dir / "report.md"
-    report.write_text(_report(curves, precision, minutes), encoding="utf-8")
+        arms.append(load_config(config_path, arguments))
+        console.rule(f"{label}, trained at L = {arms[-1].data.sequence_length}")
+        _launch(config_path, arguments)
+    curves = [read_curve(arm, label) for arm, label in zip(arms, POSITIONS.values(), strict=True)]
+    draw(curves, output_dir / "plots" / "extrapolation.png")
+    report = _report(curves, arms)
+    (output_dir / "report.md").write_text(report, encoding="utf-8")
     console.rule("perplexity by context length")
-    console.print(markdown_table(curves), markup=False)
-    for line in summary(curves):
+    for line in (markdown_table(curves), *summary(curves)):
         console.print(line, markup=False)
-    console.print(f"{minutes:.1f} minutes; report in {report}, picture in {picture}")
-    _check(curves)
+    console.print(f"report and picture: {output_dir}/report.md, {output_dir}/plots/")
+    check_effect(curves)
 
 
 def faster_precision() -> str:
@@ -86,18 +85,35 @@ def summary(curves: list[Curve]) -> list[str]:
     ]
 
 
-def _launch(overrides: list[str]) -> None:
-    """One training run through the launcher, as a user would start it."""
-    command = [sys.executable, "-m", "launch", "local", str(CONFIG), *overrides]
-    if subprocess.run(command, check=False).returncode != 0:
-        raise TrainingError(f"the demo's run failed: {' '.join(command)}")
+def check_effect(curves: list[Curve]) -> None:
+    """Raises TrainingError if the runs do not show what the paper found."""
+    alibi, sinusoidal = curves
+    double = 2 * alibi.trained_length
+    holds = (
+        alibi.ratio(double) < 1.0
+        and max(alibi.ratio(length) for length in alibi.perplexities) <= ALIBI_LIMIT
+        and sinusoidal.ratio(double) >= SINUSOIDAL_AT_2L
+    )
+    if not holds:
+        raise TrainingError(
+            f"the demo did not show the paper's effect: expected ALiBi below 1 times at 2L and at "
+            f"most {ALIBI_LIMIT} times beyond, sinusoidal at least {SINUSOIDAL_AT_2L} times at 2L"
+        )
 
 
-def _report(curves: list[Curve], precision: str, minutes: float) -> str:
-    config = load_config(CONFIG)
+def _launch(config_path: Path, arguments: list[str]) -> None:
+    """One training run through the launcher, as a user would start it, with no GPU in sight."""
+    launch = [sys.executable, "-m", "launch", "local", str(config_path), *arguments]
+    if subprocess.run(["env", "CUDA_VISIBLE_DEVICES=", *launch], check=False).returncode != 0:
+        raise TrainingError(f"the demo's run failed: {' '.join(launch)}")
+
+
+def _report(curves: list[Curve], arms: list[RunConfig]) -> str:
+    config = arms[0]
     environment = platform.describe_environment()
     versions = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "host")
     findings = "\n".join(f"- {line}" for line in summary(curves))
+    minutes = " and ".join(f"{_minutes(arm):.1f}" for arm in arms)
     return f"""# Train short, test long: the demo
 
 Two models of {config.model.num_layers} layers × {config.model.hidden_size}, trained alike on the
@@ -111,20 +127,11 @@ held-out tokens, nonoverlapping, at every length.
 
 {findings}
 
-{minutes:.1f} minutes, {precision}, {versions}. Again: `make demo`.
+Training and evaluation took {minutes} minutes, {config.precision}; {versions}. Again: `make demo`.
 """
 
 
-def _check(curves: list[Curve]) -> None:
-    alibi, sinusoidal = curves
-    double = 2 * alibi.trained_length
-    holds = (
-        alibi.ratio(double) < 1.0
-        and max(alibi.ratio(length) for length in alibi.perplexities) <= ALIBI_LIMIT
-        and sinusoidal.ratio(double) >= SINUSOIDAL_AT_2L
-    )
-    if not holds:
-        raise TrainingError(
-            f"the demo did not show the paper's effect: expected ALiBi below 1 times at 2L and at "
-            f"most {ALIBI_LIMIT} times beyond, sinusoidal at least {SINUSOIDAL_AT_2L} times at 2L"
-        )
+def _minutes(config: RunConfig) -> float:
+    """From a run's first recorded line to its last."""
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[-1])["time"] - json.loads(lines[0])["time"]) / 60.0

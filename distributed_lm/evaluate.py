@@ -9,16 +9,16 @@ from rich.table import Table
 from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import model_blocks
-from distributed_lm.config import RunConfig, load_config
+from distributed_lm.config import WHOLE_MODEL_LAYOUT, RunConfig, load_config
 from distributed_lm.data.batches import evaluation_stream
-from distributed_lm.data.manifest import read_manifest
-from distributed_lm.errors import CheckpointError
+from distributed_lm.data.corpora import corpora_hash, open_corpora
+from distributed_lm.errors import CheckpointError, ConfigError
 from distributed_lm.evaluation.perplexity import (
     Perplexity,
     check_lengths,
     nonoverlapping_perplexity,
 )
-from distributed_lm.evaluation.results import evaluation_lengths, write_result
+from distributed_lm.evaluation.results import write_result
 from distributed_lm.layout import Layout
 from distributed_lm.model.gpt import GPTStage, build_stages, padded_vocab_size
 from distributed_lm.model.parameters import parameter_shards
@@ -26,19 +26,13 @@ from distributed_lm.model.proof import prove_positions
 from distributed_lm.pipeline import Microbatch, run_schedule
 from distributed_lm.process_groups import Process, ProcessGroups
 
-# The layout of training does not bind: without overrides, every process holds the whole model.
-OWN_LAYOUT = [
-    "parallel.tensor=1",
-    "parallel.pipeline=1",
-    "parallel.virtual_pipeline=1",
-    "parallel.sequence=false",
-]
-
 
 def evaluate(
     run: Path, lengths: tuple[int, ...], checkpoint: int | None, overrides: list[str]
 ) -> None:
     """Score a run's checkpoint and write ``evaluation/*.json``. Every rank calls it.
+
+    The layout of training does not bind: without overrides every process holds the whole model.
 
     Args:
         run: run folder.
@@ -46,19 +40,17 @@ def evaluate(
         checkpoint: step; None = the newest.
 
     Raises:
-        UserError: if there is nothing to evaluate, or not at that length.
+        UserError: if there is nothing to evaluate, or not at that length or on that data.
     """
-    config = load_config(run, [*OWN_LAYOUT, *overrides])
-    # The folder may have been moved since the config was written into it.
-    config = config.model_copy(
-        update={"output_dir": str(run.resolve().parent), "name": run.resolve().name}
-    )
-    lengths = lengths or evaluation_lengths(config)
-    check_lengths(config, lengths)
+    config = _config_of_run(run, overrides)
+    lengths = lengths or config.evaluation_lengths
     platform.check_precision(config.precision)
-    step = _step_to_load(config, checkpoint)
+    identity = _data_identity(config)
+    check_lengths(config, lengths, len(evaluation_stream(config)) - 1)
+    step = _step_to_load(config, checkpoint, identity["tokenizer"])
     process = Process.from_environment()
-    groups = process_groups.start(config, process, Layout.grid(config.parallel, process.world_size))
+    layout = Layout.grid(config.parallel, process.world_size)
+    groups = process_groups.start(config, process, layout)
     try:
         stages = _load_stages(config, step, groups)
         results = [_score(config, stages, groups, length) for length in lengths]
@@ -66,24 +58,46 @@ def evaluate(
         process_groups.stop()
     if process.rank == 0:
         for result in results:
-            write_result(config, step, result)
+            write_result(config, step, result, identity)
         _print_table(config, step, results)
 
 
-def _step_to_load(config: RunConfig, checkpoint: int | None) -> int:
+def _config_of_run(run: Path, overrides: list[str]) -> RunConfig:
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run}: not a run folder (it has no config.yaml); give the folder that train wrote, "
+            "as in runs/smoke"
+        )
+    config = load_config(run, [*WHOLE_MODEL_LAYOUT, *overrides])
+    # The folder may have been moved since the config was written into it.
+    place = run.resolve()
+    return config.model_copy(update={"output_dir": str(place.parent), "name": place.name})
+
+
+def _data_identity(config: RunConfig) -> dict[str, str]:
+    corpora = open_corpora(config)
+    tokenizer = corpora[0].manifest.tokenizer.fingerprint
+    return {"corpus_hash": corpora_hash(corpora), "tokenizer": tokenizer}
+
+
+def _step_to_load(config: RunConfig, checkpoint: int | None, tokenizer: str) -> int:
     steps = store.saved_steps(config.run_dir)
     if not steps:
         raise CheckpointError(f"{config.run_dir}: no checkpoint in this run folder; train it first")
     step = steps[-1] if checkpoint is None else checkpoint
-    store.read_state(config.run_dir, step)
+    trained_with = store.read_state(config.run_dir, step)["data"]["tokenizer"]
+    if trained_with != tokenizer:
+        raise ConfigError(
+            f"data.path: tokenizer {tokenizer[:12]}, but {config.run_dir} was trained with "
+            f"{trained_with[:12]}; evaluate on data prepared with the same --tokenizer"
+        )
     return step
 
 
 def _load_stages(config: RunConfig, step: int, groups: ProcessGroups) -> list[GPTStage]:
-    data_vocab_size = read_manifest(config.data.corpora[0].path).vocab_size
+    data_vocab_size = open_corpora(config)[0].manifest.vocab_size
     stages = build_stages(config, padded_vocab_size(config.model, data_vocab_size), groups)
-    shards = parameter_shards(stages, groups)
-    store.load(config.run_dir, step, model_blocks(shards, groups))
+    store.load(config.run_dir, step, model_blocks(parameter_shards(stages, groups), groups))
     for stage in stages:
         stage.eval()
     prove_positions(stages, groups)
@@ -100,15 +114,8 @@ def _score(
             ).tolist()
         return loss_sum, tokens
 
-    return nonoverlapping_perplexity(
-        evaluation_stream(config),
-        config.evaluation.split,
-        length,
-        groups.layout,
-        groups.coordinates.data,
-        config.evaluation.tokens_per_batch,
-        score,
-    )
+    stream = evaluation_stream(config)
+    return nonoverlapping_perplexity(stream, length, config.evaluation, groups, score)
 
 
 def _print_table(config: RunConfig, step: int, results: list[Perplexity]) -> None:

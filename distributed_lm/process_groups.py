@@ -71,6 +71,12 @@ class ProcessGroups:
     def barrier(self) -> None:
         dist.barrier()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank. For small things, outside the step."""
+        values: list[Any] = [None] * self.process.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def sum_over_run(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over pipeline and data-parallel ranks, in place (tensor-parallel ranks agree)."""
         dist.all_reduce(values, group=self.pipeline)

@@ -12,7 +12,7 @@ from types import FrameType
 
 import typer
 
-from distributed_lm.config import load_config
+from distributed_lm.config import WHOLE_MODEL_LAYOUT, load_config
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
 from launch.environment import child_environment, free_port, rank_variables
@@ -59,9 +59,14 @@ def plan_local(
     Raises:
         ConfigError: if the config is wrong or does not fit the number of processes.
     """
-    config = load_config(path, overrides)
+    is_evaluation = command == "evaluate"
+    layout = WHOLE_MODEL_LAYOUT if is_evaluation else ()
+    config = load_config(path, [*layout, *overrides])
     processes = processes or config.parallel.tensor * config.parallel.pipeline
-    Layout.of(config, processes)
+    if is_evaluation:
+        Layout.grid(config.parallel, processes)
+    else:
+        Layout.of(config, processes)
     run_dir = path if path.is_dir() else config.run_dir
     port = free_port()
     return LaunchPlan(

@@ -8,6 +8,7 @@ written under a temporary name and renamed when whole.
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from distributed_lm.checkpoint.blocks import Block
+from distributed_lm.checkpoint.fork_queue import ForkQueue
 from distributed_lm.errors import CheckpointError
+from distributed_lm.process_groups import ProcessGroups
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
@@ -32,6 +36,23 @@ def saved_steps(run_dir: Path) -> list[int]:
     """Steps with a whole checkpoint, oldest first."""
     folders = (run_dir / "checkpoints").glob("step_" + "[0-9]" * 8)
     return sorted(int(folder.name[5:]) for folder in folders if (folder / STATE_FILE).is_file())
+
+
+def newest_step(run_dir: Path, groups: ProcessGroups) -> int:
+    """The step to continue from, 0 for none: as the first rank sees it. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if some rank does not see that checkpoint.
+    """
+    step = groups.gather((saved_steps(run_dir) or [0])[-1])[0]
+    sees_it = step == 0 or (checkpoint_path(run_dir, step) / STATE_FILE).is_file()
+    blind = [host for host in groups.gather(None if sees_it else socket.gethostname()) if host]
+    if blind:
+        raise CheckpointError(
+            f"{checkpoint_path(run_dir, step)} cannot be seen on {', '.join(sorted(set(blind)))}; "
+            "set output_dir to a folder that all nodes share"
+        )
+    return int(step)
 
 
 def save(run_dir: Path, step: int, blocks: list[Block], state: dict[str, Any]) -> Path:
@@ -50,6 +71,7 @@ def save(run_dir: Path, step: int, blocks: list[Block], state: dict[str, Any]) -
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    filesystem_async._results_queue = ForkQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(_sharded(blocks), str(temporary), sharded_strategy=strategy)
     if is_writer:
@@ -95,7 +117,15 @@ def load(run_dir: Path, step: int, blocks: list[Block]) -> None:
     """
     folder = checkpoint_path(run_dir, step)
     _check_shapes(folder, blocks)
-    loaded = dist_checkpointing.load(_sharded(blocks), str(folder), validate_access_integrity=False)
+    try:
+        loaded = dist_checkpointing.load(
+            _sharded(blocks), str(folder), validate_access_integrity=False
+        )
+    except Exception as error:  # whatever torch makes of damaged files
+        raise CheckpointError(
+            f"{folder}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "if it is damaged, remove it to use the one before"
+        ) from error
     with torch.no_grad():
         for index, block in enumerate(blocks):
             block.values.copy_(loaded[str(index)])
@@ -118,7 +148,13 @@ def _sharded(blocks: list[Block]) -> dict[str, Any]:
 
 
 def _check_shapes(folder: Path, blocks: list[Block]) -> None:
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}/.metadata: damaged ({type(error).__name__}); remove the folder to use the "
+            "checkpoint before"
+        ) from error
     for block in blocks:
         if block.key not in stored:
             raise CheckpointError(

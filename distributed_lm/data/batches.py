@@ -30,7 +30,7 @@ from distributed_lm.data.index_cache import (
     check_shared_cache,
     writing_to,
 )
-from distributed_lm.errors import ConfigError
+from distributed_lm.errors import TrainingError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -89,7 +89,7 @@ class TrainingData:
         The same at any layout and any sequence length.
 
         Raises:
-            ConfigError: if ``position`` lies beyond what ``train.steps`` planned for.
+            TrainingError: if ``position`` lies beyond what was planned for the run.
         """
         places = self._places(position)
         return [
@@ -110,7 +110,7 @@ class TrainingData:
             sequence_length], microbatch after microbatch; labels are the next tokens.
 
         Raises:
-            ConfigError: if ``position`` lies beyond what ``train.steps`` planned for.
+            TrainingError: if ``position`` lies beyond what was planned for the run.
         """
         places = self._places(position)
         rows = self._rows(data_parallel_rank, data_parallel_size)
@@ -132,10 +132,12 @@ class TrainingData:
         first = position * self._blocks_per_step
         last = first + self._blocks_per_step
         if position < 0 or last > self._order.length:
-            steps = self._order.length // self._blocks_per_step
-            raise ConfigError(
-                f"train.steps={self._config.train.steps}: step {position} of the data order was "
-                f"asked for and {steps} are planned; raise train.steps"
+            planned = self._order.length // self._blocks_per_step
+            raise TrainingError(
+                f"train.spike.action=rewind has left out more batches than the "
+                f"{self._config.train.steps} steps of the run: batch {position} of {planned} "
+                "planned was asked for; lower optimizer.learning_rate or raise "
+                "train.spike.threshold"
             )
         return [self._order.place(number) for number in range(first, last)]
 
@@ -157,7 +159,8 @@ def _order(
     config: RunConfig, corpora: Sequence[Corpus], indices: Sequence[EpochIndex]
 ) -> BlockOrder:
     """The order over all steps of the run, and some more: rewinding past a spike skips steps."""
-    steps = config.train.steps + config.train.steps // 10 + 10
+    rewinds = config.train.steps if config.train.spike.action == "rewind" else 0
+    steps = config.train.steps + rewinds + 10
     return BlockOrder(
         [corpus.weight for corpus in corpora],
         [index.blocks_per_epoch for index in indices],

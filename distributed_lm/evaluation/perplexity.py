@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distributed_lm.config import RunConfig
+from distributed_lm.config import EvaluationConfig, RunConfig
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
 from distributed_lm.pipeline import Microbatch
+from distributed_lm.process_groups import ProcessGroups
 
 Score = Callable[[list[Microbatch]], tuple[float, float]]
 
@@ -32,32 +33,30 @@ class Perplexity:
 
 def nonoverlapping_perplexity(
     stream: np.ndarray,
-    split: str,
     length: int,
-    layout: Layout,
-    data_rank: int,
-    tokens_per_batch: int,
+    evaluation: EvaluationConfig,
+    groups: ProcessGroups,
     score: Score,
 ) -> Perplexity:
     """Score every token of ``stream`` but the first, exactly once, at any layout. Collective.
 
     Args:
         stream: token ids of the whole split.
-        tokens_per_batch: largest forward pass of one data-parallel rank.
         score: sums loss and token count of microbatches over the whole run.
     """
     total, tokens = 0.0, 0.0
-    for batch in _batches(stream, length, layout, data_rank, tokens_per_batch):
+    rank = groups.coordinates.data
+    for batch in _batches(stream, length, groups.layout, rank, evaluation.tokens_per_batch):
         batch_total, batch_tokens = score(batch)
         total += batch_total
         tokens += batch_tokens
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 700.0 else math.inf
-    return Perplexity(split, "nonoverlapping", length, loss, perplexity, int(tokens))
+    return Perplexity(evaluation.split, "nonoverlapping", length, loss, perplexity, int(tokens))
 
 
-def check_lengths(config: RunConfig, lengths: tuple[int, ...]) -> None:
-    """Raises ConfigError if some length cannot be evaluated with this config."""
+def check_lengths(config: RunConfig, lengths: tuple[int, ...], num_targets: int) -> None:
+    """Raises ConfigError if some length cannot be evaluated with this config and this text."""
     for length in lengths:
         limit = config.model.max_positions
         if limit is not None and length > limit:
@@ -70,6 +69,12 @@ def check_lengths(config: RunConfig, lengths: tuple[int, ...]) -> None:
                 f"evaluation.lengths: {length} cannot be divided over "
                 f"parallel.tensor={config.parallel.tensor} with parallel.sequence=true; "
                 f"use multiples of {config.parallel.tensor} or parallel.sequence=false"
+            )
+        if length > num_targets:
+            raise ConfigError(
+                f"evaluation.lengths: {length} is longer than the {num_targets} tokens to score "
+                f"in the {config.evaluation.split} split, so none would have that much context; "
+                f"evaluate at {num_targets} or less, or raise evaluation.max_tokens"
             )
 
 

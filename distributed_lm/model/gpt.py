@@ -149,6 +149,12 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
         config.model.num_attention_heads, groups.coordinates.tensor, groups.layout.tensor
     )
     position = build_position(config.model, heads)
+    if config.parallel.pipeline > 1 and next(position.parameters(), None) is not None:
+        raise ConfigError(
+            f"model.position={config.model.position} has weights of its own, which "
+            f"parallel.pipeline={config.parallel.pipeline} stages would each train differently; "
+            "set parallel.pipeline=1"
+        )
     dtype = platform.DTYPES[config.precision]
     backend = choose_backend(config.attention.backend, position, groups.device, dtype)
     transformer = transformer_config(config)
@@ -265,17 +271,3 @@ def padded_vocab_size(model: ModelConfig, data_vocab_size: int) -> int:
     The padding is independent of the layout, so a checkpoint fits any of them.
     """
     return model.vocab_size or -(-data_vocab_size // 64) * 64
-
-
-def check_vocab_size(config: RunConfig, vocab_size: int, data_vocab_size: int) -> None:
-    """Raises ConfigError if the embedding cannot hold the data set's tokens or be split."""
-    if vocab_size < data_vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is smaller than the data set's vocabulary of "
-            f"{data_vocab_size}; raise it, or leave it out"
-        )
-    if vocab_size % config.parallel.tensor:
-        raise ConfigError(
-            f"the padded vocabulary of {vocab_size} cannot be divided over "
-            f"parallel.tensor={config.parallel.tensor}; set model.vocab_size to a multiple of it"
-        )

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distributed_lm.errors import ProofError
@@ -60,8 +59,7 @@ def prove_positions(stages: list[GPTStage], groups: ProcessGroups) -> Proof:
     for stage in stages:
         for attention in core_attentions([stage]):
             findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
-    gathered: list[tuple[float, str]] = [(0.0, "")] * groups.process.world_size
-    dist.all_gather_object(gathered, max(findings))
+    gathered: list[tuple[float, str]] = groups.gather(max(findings))
     error, where, rank = max((*finding, rank) for rank, finding in enumerate(gathered))
     position = stages[0].position
     tolerance = TOLERANCES[_dtype(stages[0])]

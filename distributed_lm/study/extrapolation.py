@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed_lm.config import RunConfig
 from distributed_lm.errors import DataError
 
 # Okabe and Ito's palette: told apart by colour-blind readers. Markers repeat the distinction.
@@ -29,24 +30,37 @@ class Curve:
         return self.perplexities[length] / self.at_trained_length
 
 
-def read_curve(run_dir: Path, label: str, trained_length: int) -> Curve:
-    """From the ``evaluation/*.json`` of a run's last evaluated step.
+def read_curve(config: RunConfig, label: str) -> Curve:
+    """The results of a run's last evaluated step at its configured lengths.
 
     Raises:
-        DataError: if the run has no evaluation at the trained length.
+        DataError: if some length is missing, or lengths were not scored on the same tokens.
     """
-    paths = sorted((run_dir / "evaluation").glob("*.json"))
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    last = max((result["step"] for result in results), default=0)
-    results = [result for result in results if result["step"] == last]
-    perplexities = {result["length"]: result["perplexity"] for result in results}
-    if trained_length not in perplexities:
+    folder = config.run_dir / "evaluation"
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    wanted = config.evaluation_lengths
+    chosen = [
+        result
+        for result in results
+        if result["step"] == config.train.steps
+        and result["split"] == config.evaluation.split
+        and result["length"] in wanted
+    ]
+    if sorted(result["length"] for result in chosen) != sorted(wanted):
         raise DataError(
-            f"{run_dir}/evaluation: no result at the trained length {trained_length}; "
-            f"run distributed-lm evaluate {run_dir} --lengths {trained_length}"
+            f"{folder}: expected one result at step {config.train.steps} for each of "
+            f"{list(wanted)}, found lengths {sorted(result['length'] for result in chosen)}; "
+            "remove results of other evaluations, or train the run again"
         )
+    scored = {(result["tokens_scored"], result["corpus_hash"]) for result in chosen}
+    if len(scored) != 1:
+        raise DataError(f"{folder}: the lengths were scored on different tokens: {sorted(scored)}")
+    perplexities = {result["length"]: result["perplexity"] for result in chosen}
     return Curve(
-        label, trained_length, dict(sorted(perplexities.items())), results[0]["tokens_scored"]
+        label,
+        config.data.sequence_length,
+        dict(sorted(perplexities.items())),
+        chosen[0]["tokens_scored"],
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_lm.config import RunConfig
@@ -166,9 +165,7 @@ class TrainingEngine:
     def _ranks_with_non_finite(self, local_losses: list[Tensor]) -> str:
         """Names the ranks whose own microbatches went wrong. Collective."""
         here = not all(bool(torch.isfinite(loss)) for loss in local_losses)
-        flags = [False] * self.groups.process.world_size
-        dist.all_gather_object(flags, here)
-        ranks = [rank for rank, is_bad in enumerate(flags) if is_bad]
+        ranks = [rank for rank, is_bad in enumerate(self.groups.gather(here)) if is_bad]
         return "ranks " + ", ".join(f"{rank} (data-parallel {self._data(rank)})" for rank in ranks)
 
     def _data(self, rank: int) -> int:

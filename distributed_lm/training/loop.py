@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distributed_lm.checkpoint.store import saved_steps
+from distributed_lm.checkpoint.store import newest_step
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData
 from distributed_lm.data.ledger import advance
@@ -28,6 +28,8 @@ MAX_REWINDS_IN_A_ROW = 10
 class Progress:
     """Where a run is: what a checkpoint holds beside the engine's tensors."""
 
+    data: dict[str, str]
+    """Hash of the training tokens and fingerprint of the tokenizer."""
     data_digest: str
     """Head of the ledger: a hash chain over the blocks of every step so far."""
     step: int = 0
@@ -70,7 +72,7 @@ class TrainingLoop:
         """
         steps = self.config.train.steps
         self.throughput.restart()
-        with _profiler(self.config, self.groups) as advance_profiler:
+        with _profiler(self.config, self.groups, self.progress.step) as advance_profiler:
             while self.progress.step < steps:
                 result = self._step()
                 advance_profiler()
@@ -139,17 +141,18 @@ class TrainingLoop:
         action = self.config.train.spike.action
         step = self.progress.step
         message = f"loss {result.loss:.4f} is above {self.spikes.limit:.4f} at step {step}"
-        saved = saved_steps(self.config.run_dir)
-        if action != "rewind" or not saved:
+        saved = newest_step(self.config.run_dir, self.groups) if action == "rewind" else 0
+        if not saved:
             done = "update left out" if action in ("skip", "rewind") else "update kept"
             self._event("spike", f"{message}: {done}", loss=result.loss)
             return False
-        self._rewind(saved[-1])
-        self._event("rewind", f"{message}: back to step {saved[-1]}, without the batches since")
+        with self.throughput.stopped():
+            self._rewind(saved)
+        self._event("rewind", f"{message}: back to step {saved}, without the batches since")
         self.rewinds_in_a_row += 1
         if self.rewinds_in_a_row == MAX_REWINDS_IN_A_ROW:
             raise TrainingError(
-                f"{self.rewinds_in_a_row} rewinds to step {saved[-1]} in a row: the loss keeps "
+                f"{self.rewinds_in_a_row} rewinds to step {saved} in a row: the loss keeps "
                 "spiking on new batches too; lower optimizer.learning_rate, or raise "
                 f"train.spike.threshold={self.config.train.spike.threshold}"
             )
@@ -177,16 +180,18 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 @contextlib.contextmanager
-def _profiler(config: RunConfig, groups: ProcessGroups) -> Iterator[Callable[[], None]]:
+def _profiler(
+    config: RunConfig, groups: ProcessGroups, steps_done: int
+) -> Iterator[Callable[[], None]]:
     """A torch profiler over the chosen steps; yields what to call after each step."""
     profile = config.train.profile
-    if profile.start_step == 0:
+    if profile.start_step <= steps_done:
         yield lambda: None
         return
     path = config.run_dir / "logs" / f"profile_rank_{groups.process.rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     schedule = torch.profiler.schedule(
-        wait=profile.start_step - 1, warmup=0, active=profile.steps, repeat=1
+        wait=profile.start_step - 1 - steps_done, warmup=0, active=profile.steps, repeat=1
     )
     with torch.profiler.profile(
         schedule=schedule,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distributed_lm.config import load_config
-from tests.distributed.test_training_run import Runs, train_run
 from tests.support.ranks import run_distributed
+from tests.support.runs import Runs, train_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))

@@ -142,7 +142,9 @@ def test_layout_that_does_not_fit(
         ("extends: [missing.yaml]\n", "missing.yaml: no such config file"),
         ("name: x\n", "model: missing"),
         ("", "name: missing"),
-        ("name: ${nowhere}\n", "nowhere"),
+        ("name: ${oc.env:HOME}\n", "name=${oc.env:HOME}: ${} is not filled in"),
+        ("extends: 5\n", "extends=[5]: expected a file name"),
+        ("extends:\n", "extends=None: expected a file name"),
     ],
 )
 def test_unreadable_file_is_named(text: str | None, expected: str, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def _import_method(name: str) -> type[PositionMethod]:
         raise ConfigError(f"model.position={name}: no such method; {known}")
     try:
         method = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"model.position={name}: {error}; {known}") from None
     if not (isinstance(method, type) and issubclass(method, PositionMethod)):
         raise ConfigError(f"model.position={name}: not a subclass of PositionMethod; {known}")

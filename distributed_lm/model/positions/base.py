@@ -36,7 +36,8 @@ class PositionMethod(nn.Module):
     """A method that does nothing: tokens are a bag with a causal mask. Override what differs.
 
     One instance serves all layers of a stage. State that must stay fp32 belongs in plain Python
-    attributes, since the engines cast buffers and parameters to the training dtype.
+    attributes, since the engines cast buffers and parameters to the training dtype. Weights of its
+    own work only without pipeline parallelism: nothing sums their gradients over the stages.
     """
 
     embedding_scale: float = 1.0

@@ -18,7 +18,7 @@ from distributed_lm.data.batches import (
     evaluation_stream,
 )
 from distributed_lm.data.ledger import advance, genesis
-from distributed_lm.errors import ConfigError, DataError
+from distributed_lm.errors import ConfigError, DataError, TrainingError
 from distributed_lm.prepare_data import prepare_data
 
 
@@ -165,9 +165,9 @@ def test_corpus_hash_says_which_corpora_and_weights(prepared, other, make_config
 
 def test_order_beyond_the_plan_is_refused(prepared, make_config):
     data = open_data(make_config(str(prepared), train={"steps": 10}))
-    data.blocks(20)
-    with pytest.raises(ConfigError, match=r"train\.steps=10: step 21 .* 21 are planned"):
-        data.blocks(21)
+    data.blocks(19)
+    with pytest.raises(TrainingError, match=r"the 10 steps of the run: batch 20 of 20 planned"):
+        data.blocks(20)
 
 
 def test_evaluation_reads_documents_in_file_order(prepared, other, make_config):

@@ -1,0 +1,34 @@
+"""A result from a forked process back to its parent, without a third process.
+
+Megatron's writer hands its results over through a ``multiprocessing.Manager``: a server process of
+200 MB per rank that outlives a rank that is killed. An unnamed file, whose descriptor a fork
+inherits, does the same and goes away with its last holder.
+"""
+
+import pickle
+import queue
+import tempfile
+from typing import Any
+
+
+class ForkQueue:
+    """Holds at most one value: put by the child, taken by the parent once the child has ended."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the queue is)
+
+    def put(self, value: Any) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Raises queue.Empty if there is nothing."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.seek(0)
+        self._file.truncate()
+        if not content:
+            raise queue.Empty
+        return pickle.loads(content)
