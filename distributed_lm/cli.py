@@ -11,8 +11,11 @@ from typing import Annotated
 
 import typer
 
+from distributed_lm.checkpoints import Action
+from distributed_lm.checkpoints import checkpoints as show_checkpoints
 from distributed_lm.config import load_config
 from distributed_lm.errors import ConfigError, UserError
+from distributed_lm.ledger import ledger as compare_ledgers
 from distributed_lm.prepare_data import merge_data, prepare_data
 
 app = typer.Typer(
@@ -83,6 +86,28 @@ def demo(
     from distributed_lm.demo import demo as run
 
     run(output)
+
+
+@app.command()
+def checkpoints(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    action: Annotated[
+        Action,
+        typer.Argument(help="verify reads every byte; prune deletes what retention gives up."),
+    ] = Action.list,
+) -> None:
+    """List, verify or prune the checkpoints of a run."""
+    show_checkpoints(run_dir, action)
+
+
+@app.command()
+def ledger(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Run folder.")],
+) -> None:
+    """Say whether two runs saw the same tokens, and the first step where they differ."""
+    if not compare_ledgers(first, second):
+        raise typer.Exit(1)
 
 
 def _quiet_engines() -> None:

@@ -225,6 +225,12 @@ class TrackingConfig(Section):
 class CheckpointConfig(Section):
     save_every: CountOrOff = 0
     """Steps between checkpoints; 0 = only at the end."""
+    keep_last: CountOrOff = 0
+    """Newest checkpoints to keep; 0 = all. The newest is never deleted."""
+    keep_every: CountOrOff = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 = none."""
+    max_failed_saves: Count = 3
+    """Failed saves in a row after which the run stops; until then it goes on and tries again."""
     resume: bool = True
     """Continue from the newest checkpoint in the run folder; off = refuse to start over it."""
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import model_blocks
+from distributed_lm.checkpoint.folders import read_state, saved_steps
 from distributed_lm.config import WHOLE_MODEL_LAYOUT, RunConfig, load_config
 from distributed_lm.data.batches import evaluation_stream
 from distributed_lm.data.corpora import corpora_hash, open_corpora
@@ -81,11 +82,11 @@ def _data_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _step_to_load(config: RunConfig, checkpoint: int | None, tokenizer: str) -> int:
-    steps = store.saved_steps(config.run_dir)
+    steps = saved_steps(config.run_dir)
     if not steps:
         raise CheckpointError(f"{config.run_dir}: no checkpoint in this run folder; train it first")
     step = steps[-1] if checkpoint is None else checkpoint
-    trained_with = store.read_state(config.run_dir, step)["data"]["tokenizer"]
+    trained_with = read_state(config.run_dir, step)["data"]["tokenizer"]
     if trained_with != tokenizer:
         raise ConfigError(
             f"data.path: tokenizer {tokenizer[:12]}, but {config.run_dir} was trained with "
@@ -95,6 +96,9 @@ def _step_to_load(config: RunConfig, checkpoint: int | None, tokenizer: str) -> 
 
 
 def _load_stages(config: RunConfig, step: int, groups: ProcessGroups) -> list[GPTStage]:
+    damage = store.find_damage(config.run_dir, step, groups)
+    if damage:
+        raise CheckpointError(f"{damage}; evaluate another with --checkpoint STEP")
     data_vocab_size = open_corpora(config)[0].manifest.vocab_size
     stages = build_stages(config, padded_vocab_size(config.model, data_vocab_size), groups)
     store.load(config.run_dir, step, model_blocks(parameter_shards(stages, groups), groups))

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from distributed_lm import platform
-from distributed_lm.checkpoint.store import read_state, saved_steps
+from distributed_lm.checkpoint.folders import read_state, saved_steps
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import evaluation_stream
 from distributed_lm.data.corpora import Corpus, corpora_hash, open_corpora
-from distributed_lm.errors import ConfigError
+from distributed_lm.errors import CheckpointError, ConfigError
 from distributed_lm.evaluation.perplexity import check_lengths
 from distributed_lm.layout import Layout
 from distributed_lm.model.gpt import padded_vocab_size
@@ -88,7 +88,9 @@ def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[st
             f"{config.run_dir} already holds a run at step {steps[-1]} and "
             "checkpoint.resume=false; choose another name, or remove the folder"
         )
-    saved = read_state(config.run_dir, steps[-1])
+    saved = _newest_readable_state(config.run_dir, steps)
+    if saved is None:  # loading will say which files are damaged
+        return []
     other = "; choose another name, or go back to the saved value"
     for name, value in data_identity.items():
         if saved["data"][name] != value:
@@ -103,6 +105,15 @@ def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[st
                 f"{field}={new}, but {config.run_dir} holds a run with {field}={old}{other}"
             )
     return [f"{field}: {old} -> {new}" for field, (old, new) in changes.items()]
+
+
+def _newest_readable_state(run_dir: Path, steps: list[int]) -> dict[str, Any] | None:
+    for step in reversed(steps):
+        try:
+            return read_state(run_dir, step)
+        except CheckpointError:
+            continue
+    return None
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -28,6 +28,8 @@ class Process:
     rank: int
     world_size: int
     local_rank: int
+    job: str | None = None
+    """The batch system's job id."""
 
     @classmethod
     def from_environment(cls) -> "Process":
@@ -40,6 +42,7 @@ class Process:
                 rank=int(os.environ.setdefault("RANK", "0")),
                 world_size=int(os.environ.setdefault("WORLD_SIZE", "1")),
                 local_rank=int(os.environ.setdefault("LOCAL_RANK", "0")),
+                job=os.environ.get("SLURM_JOB_ID"),
             )
         except ValueError as error:
             raise ConfigError(

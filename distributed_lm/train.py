@@ -1,12 +1,15 @@
 """``distributed-lm train``: from a config to a trained, evaluated and saved run."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from rich.console import Console
 
 from distributed_lm import platform, process_groups
-from distributed_lm.checkpoint.store import newest_step
+from distributed_lm.checkpoint.folders import leftovers
+from distributed_lm.checkpoint.store import newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData, build_index_caches, check_shared_cache
 from distributed_lm.data.ledger import genesis
@@ -17,6 +20,7 @@ from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.proof import Proof, prove_positions
 from distributed_lm.preflight import Preflight, check_continues, preflight
 from distributed_lm.process_groups import Process, ProcessGroups
+from distributed_lm.run_lock import run_lock
 from distributed_lm.tracking import Tracker, open_tracker
 from distributed_lm.training.engine import TrainingEngine, explain_out_of_memory
 from distributed_lm.training.loop import Progress, TrainingLoop, restore_progress
@@ -32,23 +36,29 @@ def train(config: RunConfig) -> None:
     """
     process = Process.from_environment()
     found = preflight(config, process.world_size)
-    build_index_caches(config)
-    groups = process_groups.start(config, process, found.layout)
-    try:
-        first_step = newest_step(config.run_dir, groups)
-        if first_step < config.train.steps:
-            _train(config, groups, found, first_step)
-        elif groups.is_first_rank:
-            _say_finished(config, first_step)
-    finally:
-        process_groups.stop()
+    is_first = process.rank == 0
+    with run_lock(config.run_dir, process.job) if is_first else nullcontext() as taken_over:
+        build_index_caches(config)
+        groups = process_groups.start(config, process, found.layout)
+        try:
+            first_step, problems = newest_verified(config.run_dir, groups)
+            notes = [taken_over] if taken_over else []
+            notes += [f"{problem}; using the one before" for problem in problems]
+            if first_step < config.train.steps:
+                _train(config, groups, found, first_step, notes)
+            elif is_first:
+                _say_finished(config, first_step)
+        finally:
+            process_groups.stop()
 
 
-def _train(config: RunConfig, groups: ProcessGroups, found: Preflight, first_step: int) -> None:
+def _train(
+    config: RunConfig, groups: ProcessGroups, found: Preflight, first_step: int, notes: list[str]
+) -> None:
     data = TrainingData(config)
     engine = _build_engine(config, found.vocab_size, groups)
     progress = Progress(data=found.data_identity, data_digest=genesis(data.corpus_hash))
-    changes = check_continues(config, found.data_identity)
+    notes += _notes_on_folder(config, found) if groups.is_first_rank else []
     if first_step:
         progress = restore_progress(load_snapshot(engine, config.run_dir, first_step))
     proof = prove_positions(engine.stages, groups)
@@ -58,7 +68,7 @@ def _train(config: RunConfig, groups: ProcessGroups, found: Preflight, first_ste
     tracker = open_tracker(config, details, progress.step, enabled=groups.is_first_rank)
     exit_code = 1
     try:
-        _announce(config, tracker, groups, details, progress, changes)
+        _announce(config, tracker, groups, details, progress, notes)
         validate = _validator(config, engine, found, tracker)
         TrainingLoop(config, engine, data, tracker, throughput, progress, validate).run()
         exit_code = 0
@@ -71,6 +81,21 @@ def _build_engine(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> 
         stages = build_stages(config, vocab_size, groups)
         initialize_weights(parameter_shards(stages, groups), config.model, config.seed)
         return TrainingEngine(config, stages, groups)
+
+
+def _notes_on_folder(config: RunConfig, found: Preflight) -> list[str]:
+    """What a reader of the log should know of an earlier life; removes what a kill has left."""
+    notes = []
+    for folder in leftovers(config.run_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        notes.append(f"{folder}: an unfinished save, removed")
+    changes = check_continues(config, found.data_identity)
+    if changes:
+        note = "changed since the checkpoint: " + "; ".join(changes)
+        if any(change.startswith("train.steps") for change in changes):
+            note += " (the schedule follows train.steps unless schedule.total_steps is set)"
+        notes.append(note)
+    return notes
 
 
 def _say_finished(config: RunConfig, step: int) -> None:
@@ -124,7 +149,7 @@ def _announce(
     groups: ProcessGroups,
     details: dict[str, object],
     progress: Progress,
-    changes: list[str],
+    notes: list[str],
 ) -> None:
     """The first events of a run's life: what starts, what has changed, what is worth knowing."""
     kernel = details["position_proof"]["backend"]  # type: ignore[index]
@@ -133,11 +158,8 @@ def _announce(
         f"{config.model.position} positions proved with the {kernel} kernel"
     )
     tracker.log("event", {"event": "start", "step": progress.step, "message": message, **details})
-    if changes:
-        message = "changed since the checkpoint: " + "; ".join(changes)
-        if any(change.startswith("train.steps") for change in changes):
-            message += " (the schedule follows train.steps unless schedule.total_steps is set)"
-        tracker.log("event", {"event": "config", "step": progress.step, "message": message})
+    for message in notes:
+        tracker.log("event", {"event": "note", "step": progress.step, "message": message})
     unshared = groups.gather(check_shared_cache(config, groups.is_first_rank, groups.barrier))
     for message in sorted({sentence for sentence in unshared if sentence}):
         tracker.log("event", {"event": "cache", "step": progress.step, "message": message})

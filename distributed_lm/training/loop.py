@@ -1,13 +1,15 @@
 """The training loop: which batch next, step, record, validate, save. Only sequencing."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from distributed_lm.checkpoint.store import newest_step
+from distributed_lm.checkpoint.folders import remove, saved_steps, superseded
+from distributed_lm.checkpoint.store import SaveError, newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData
 from distributed_lm.data.ledger import advance
@@ -63,6 +65,7 @@ class TrainingLoop:
         self.validate = validate
         self.spikes = SpikeDetector(config.train.spike, progress.recent_losses)
         self.rewinds_in_a_row = 0
+        self.failed_saves = 0
 
     def run(self) -> None:
         """Train to the end, with a checkpoint and a validation there.
@@ -132,16 +135,36 @@ class TrainingLoop:
         if is_last or _is_due(step, self.config.evaluation.every):
             self.validate(step)
         if is_last or _is_due(step, self.config.checkpoint.save_every):
-            self.progress.recent_losses = list(self.spikes.losses)
+            self._save(step, is_last)
+
+    def _save(self, step: int, is_last: bool) -> None:
+        """A save that fails is an event, and the next one tries again; not so for ever."""
+        self.progress.recent_losses = list(self.spikes.losses)
+        started = time.perf_counter()
+        try:
             save_snapshot(self.engine, self.config.run_dir, step, asdict(self.progress))
-            self.rewinds_in_a_row = 0
+        except SaveError as error:
+            self.failed_saves += 1
+            limit = self.config.checkpoint.max_failed_saves
+            self._event("save_failed", f"{error} (failure {self.failed_saves} of {limit} in a row)")
+            if is_last or self.failed_saves >= limit:
+                raise SaveError(f"{error}; {self.failed_saves} failed saves in a row") from None
+            return
+        self.failed_saves = 0
+        self.rewinds_in_a_row = 0
+        seconds = time.perf_counter() - started
+        self._event("save", f"checkpoint of step {step}", save_seconds=seconds)
+        if self.groups.is_first_rank:
+            checkpoint = self.config.checkpoint
+            for old in superseded(saved_steps(self.config.run_dir), checkpoint):
+                remove(self.config.run_dir, old)
 
     def _handle_spike(self, result: StepResult) -> bool:
         """Act as configured; True if the run is now at an earlier step."""
         action = self.config.train.spike.action
         step = self.progress.step
         message = f"loss {result.loss:.4f} is above {self.spikes.limit:.4f} at step {step}"
-        saved = newest_step(self.config.run_dir, self.groups) if action == "rewind" else 0
+        saved = newest_verified(self.config.run_dir, self.groups)[0] if action == "rewind" else 0
         if not saved:
             done = "update left out" if action in ("skip", "rewind") else "update kept"
             self._event("spike", f"{message}: {done}", loss=result.loss)

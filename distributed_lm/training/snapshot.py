@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from distributed_lm import platform
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import Block
+from distributed_lm.checkpoint.folders import read_state
 from distributed_lm.process_groups import (
     ProcessGroups,
     random_states,
@@ -24,7 +26,11 @@ from distributed_lm.training.zero_state import (
 
 
 def save_snapshot(engine: TrainingEngine, run_dir: Path, step: int, state: dict[str, Any]) -> Path:
-    """Collective. ``state`` is the loop's own part; the engine's is added here."""
+    """Collective. ``state`` is the loop's own part; the engine's is added here.
+
+    Raises:
+        SaveError: with the reason; training can go on.
+    """
     ensure_moments(engine)
     content = {
         **state,
@@ -32,8 +38,10 @@ def save_snapshot(engine: TrainingEngine, run_dir: Path, step: int, state: dict[
         "updates_done": updates_done(engine),
         "loss_scale": loss_scale_state(engine),
         "config": engine.config.model_dump(mode="json"),
+        "versions": platform.describe_environment(),
     }
-    return store.save(run_dir, step, _all_blocks(engine) + _random_blocks(engine.groups), content)
+    blocks = _all_blocks(engine) + _random_blocks(engine.groups)
+    return store.save(run_dir, step, blocks, content, engine.groups)
 
 
 def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str, Any]:
@@ -42,7 +50,7 @@ def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str,
     Raises:
         CheckpointError: if the checkpoint does not fit the config.
     """
-    state = store.read_state(run_dir, step)
+    state = read_state(run_dir, step)
     ensure_moments(engine)
     store.load(run_dir, step, _all_blocks(engine))
     set_updates_done(engine, state["updates_done"])

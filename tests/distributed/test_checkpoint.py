@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from distributed_lm.checkpoint import store
+from distributed_lm.checkpoint.folders import read_state
 from distributed_lm.config import RunConfig
 from distributed_lm.errors import CheckpointError
 from distributed_lm.training.snapshot import load_snapshot, save_snapshot
@@ -102,4 +102,4 @@ def test_another_model_or_step_is_refused_by_name(tmp_path: Path) -> None:
     assert "(96, 64)" in message
     assert "(128, 64)" in message
     with pytest.raises(CheckpointError, match="no checkpoint of step 9; there are: 3"):
-        store.read_state(tmp_path, 9)
+        read_state(tmp_path, 9)

@@ -1,0 +1,104 @@
+"""Where checkpoints lie and what is kept. Imports no torch.
+
+``RUN/checkpoints/step_00000200/`` exists only whole: it is written as ``.step_00000200.tmp`` and
+renamed when everything, the manifest last, is on disk. Deleting renames first, too.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distributed_lm.checkpoint.manifest import MANIFEST, sync_file
+from distributed_lm.config import CheckpointConfig
+from distributed_lm.errors import CheckpointError
+
+STATE_FILE = "state.json"
+FORMAT_VERSION = 1
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def unfinished_path(run_dir: Path, step: int) -> Path:
+    """Where a checkpoint is before it is published and after it is given up."""
+    return run_dir / "checkpoints" / f".step_{step:08d}.tmp"
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps with a published checkpoint, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step_" + "[0-9]" * 8)
+    return sorted(int(folder.name[5:]) for folder in folders if folder.is_dir())
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What a killed save or deletion has left."""
+    return sorted((run_dir / "checkpoints").glob(".step_*.tmp"))
+
+
+def publish(run_dir: Path, step: int) -> Path:
+    """Give a finished checkpoint its name; after this it survives a power cut.
+
+    A checkpoint of that step that is there already (a run rewound past it) is replaced.
+    """
+    final = checkpoint_path(run_dir, step)
+    unfinished = unfinished_path(run_dir, step)
+    if final.exists():
+        replaced = final.with_name(f".{final.name}.old.tmp")
+        os.rename(final, replaced)
+        os.rename(unfinished, final)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(unfinished, final)
+    sync_file(final.parent)
+    return final
+
+
+def remove(run_dir: Path, step: int) -> None:
+    """Delete one checkpoint so that a kill leaves nothing that looks like one."""
+    unfinished = unfinished_path(run_dir, step)
+    os.rename(checkpoint_path(run_dir, step), unfinished)
+    shutil.rmtree(unfinished)
+
+
+def superseded(steps: list[int], checkpoint: CheckpointConfig) -> list[int]:
+    """Which of the published ``steps`` (oldest first) retention gives up; never the newest."""
+    if checkpoint.keep_last == 0:
+        return []
+    kept = set(steps[-checkpoint.keep_last :])
+    if checkpoint.keep_every:
+        kept |= {step for step in steps if step % checkpoint.keep_every == 0}
+    return [step for step in steps if step not in kept]
+
+
+def read_state(run_dir: Path, step: int) -> dict[str, Any]:
+    """What is in a checkpoint beside tensors.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or another version of us wrote it.
+    """
+    path = checkpoint_path(run_dir, step) / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = state.get("format_version")
+    except FileNotFoundError:
+        known = ", ".join(map(str, saved_steps(run_dir))) or "none"
+        raise CheckpointError(
+            f"{path.parent}: no checkpoint of step {step}; there are: {known}"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); remove the folder to use the one before"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}; use the "
+            "version of distributed_lm that wrote it"
+        )
+    return state
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()

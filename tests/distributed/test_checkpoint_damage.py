@@ -1,0 +1,223 @@
+"""Damaged, foreign and unwritable checkpoints: what is said, what is used instead, what stays."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed_lm.checkpoint.folders import checkpoint_path, saved_steps, superseded
+from distributed_lm.checkpoint.foreign import check_executes_nothing
+from distributed_lm.checkpoint.manifest import MANIFEST, write_manifest
+from distributed_lm.config import CheckpointConfig, RunConfig
+from distributed_lm.errors import CheckpointError, UserError
+from tests.support.ranks import run_distributed
+from tests.support.runs import Runs, train_run
+
+SHORT = (
+    "model.num_layers=1", "train.steps=4", "checkpoint.save_every=2", "evaluation.lengths=[64]",
+    "evaluation.max_tokens=512",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2 and 4."""
+    output = tmp_path_factory.mktemp("finished")
+    runs = Runs(demo_data, output)
+    runs.train("run", *SHORT)
+    return output
+
+
+@pytest.fixture
+def runs(finished: Path, demo_data: Path, tmp_path: Path) -> Runs:
+    """A copy of it that a test may damage."""
+    shutil.copytree(finished, tmp_path / "runs")
+    return Runs(demo_data, tmp_path / "runs")
+
+
+def failing_run(config: RunConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        train_run(config)
+    return str(caught.value)
+
+
+def shard(folder: Path) -> Path:
+    return folder / "__0_0.distcp"
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray(shard(folder).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(folder).write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(shard(folder), 1000)
+
+
+def lose_a_shard(folder: Path) -> None:
+    shard(folder).unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def take_another_manifest(folder: Path) -> None:
+    shutil.copy(folder.with_name("step_00000002") / MANIFEST, folder / MANIFEST)
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (flip_a_bit, "__0_0.distcp: damaged: expected SHA-256 "),
+    (truncate, "bytes, found 1000"),
+    (lose_a_shard, "__0_0.distcp: cannot be read (No such file or directory)"),
+    (lose_the_manifest, "manifest.json: missing"),
+    (take_another_manifest, "is the manifest of step 2, not of step_00000004"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), DAMAGES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: Callable[[Path], None], expected: str, runs: Runs
+) -> None:
+    config = runs.config("run", *SHORT, "train.steps=5")
+    damage(checkpoint_path(config.run_dir, 4))
+    run_distributed(train_run, 1, config)
+    records = runs.records(config)
+    notes = [line["message"] for line in records["event"] if line["event"] == "note"]
+    assert any(expected in note and "using the one before" in note for note in notes)
+    assert [line["step"] for line in records["train"]][-3:] == [3, 4, 5]
+
+
+def test_run_without_any_whole_checkpoint_does_not_start_over(runs: Runs) -> None:
+    config = runs.config("run", *SHORT, "train.steps=5")
+    for step in (2, 4):
+        flip_a_bit(checkpoint_path(config.run_dir, step))
+    [message] = run_distributed(failing_run, 1, config)
+    assert "no checkpoint is whole" in message
+    assert message.count("expected SHA-256") == 2
+
+
+def test_future_format_is_refused_by_name(runs: Runs) -> None:
+    config = runs.config("run", *SHORT, "train.steps=5")
+    for step in (2, 4):
+        folder = checkpoint_path(config.run_dir, step)
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**state, "format_version": 99}))
+        (folder / MANIFEST).unlink()
+        write_manifest(folder, step, {})
+    [message] = run_distributed(failing_run, 1, config)
+    assert "checkpoint format 99, this version reads 1" in message
+
+
+class Payload:
+    """Unpickling an instance writes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("victim", [".metadata", "common.pt"])
+def test_foreign_pickle_is_refused_and_executes_nothing(
+    victim: str, runs: Runs, tmp_path: Path
+) -> None:
+    """With a manifest that vouches for it: whoever can plant a file can plant its hash."""
+    config = runs.config("run", *SHORT, "train.steps=5")
+    folder = checkpoint_path(config.run_dir, 4)
+    trace = tmp_path / "executed"
+    payload = pickle.dumps(Payload(trace))
+    if victim == ".metadata":
+        (folder / victim).write_bytes(payload)
+    else:
+        with zipfile.ZipFile(folder / victim, "w") as archive:
+            archive.writestr("common/data.pkl", payload)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 4, {})
+    [message] = run_distributed(failing_run, 1, config)
+    assert f"{victim}: would import posix.mkdir" in message
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cos\nsystem\n(S'true'\ntR.",  # GLOBAL, protocol 0
+        # "os", "system", "torch", "Size", POP, POP, STACK_GLOBAL: the last two strings are a decoy
+        b"\x80\x04\x8c\x02os\x8c\x06system\x8c\x05torch\x8c\x04Size00\x93.",
+        b"\x80\x02\x82\x01.",  # EXT1: the extension registry
+        b"not a pickle",
+    ],
+)
+def test_disguised_imports_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        check_executes_nothing(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a config but not for a checkpoint."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_is_an_event_and_only_in_a_row_the_end(small_disk: Path, demo_data: Path) -> None:
+    runs = Runs(demo_data, small_disk)
+    config = runs.config("full", *SHORT, "train.steps=9", "checkpoint.max_failed_saves=3")
+    [message] = run_distributed(failing_run, 1, config)
+    assert "bytes needed" in message
+    assert "3 failed saves in a row" in message
+    records = runs.records(config)
+    assert [line["step"] for line in records["train"]] == list(range(1, 7))
+    events = [line for line in records["event"] if line["event"] == "save_failed"]
+    assert [line["step"] for line in events] == [2, 4, 6]
+    assert not saved_steps(config.run_dir)
+    assert not list((config.run_dir / "checkpoints").iterdir())
+
+
+def test_disk_that_fills_while_writing_leaves_nothing_that_looks_whole(
+    small_disk: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(demo_data, small_disk)
+    config = runs.config("filling", *SHORT, "checkpoint.max_failed_saves=1")
+    [message] = run_distributed(failing_run_that_sees_room, 1, config)
+    assert "1 failed saves in a row" in message
+    assert not saved_steps(config.run_dir)
+
+
+def failing_run_that_sees_room(config: RunConfig) -> str:
+    """The disk says that it has room, and then has not: another job was faster."""
+    usage = shutil.disk_usage("/")
+    shutil.disk_usage = lambda _path: usage
+    return failing_run(config)
+
+
+def test_retention_keeps_the_newest_and_every_nth() -> None:
+    steps = [1, 2, 3, 4, 5, 6]
+    assert superseded(steps, CheckpointConfig()) == []
+    assert superseded(steps, CheckpointConfig(keep_last=2)) == [1, 2, 3, 4]
+    assert superseded(steps, CheckpointConfig(keep_last=1, keep_every=3)) == [1, 2, 4, 5]
+
+
+def test_old_checkpoints_go_when_a_newer_one_is_published(demo_data: Path, tmp_path: Path) -> None:
+    runs = Runs(demo_data, tmp_path)
+    runs.train("kept", *SHORT, "train.steps=6", "checkpoint.save_every=1",
+               "checkpoint.keep_last=2", "checkpoint.keep_every=3")  # fmt: skip
+    assert saved_steps(tmp_path / "kept") == [3, 5, 6]
