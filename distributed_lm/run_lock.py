@@ -50,6 +50,8 @@ def run_lock(run_dir: Path, job: str | None) -> Iterator[str | None]:
 
 def _acquire(path: Path, job: str | None) -> str | None:
     taken_over = None
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ConfigError(f"{path}: cannot be written, its folder is a file; choose another name")
     while True:
         try:
             _create(path, job)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from distributed_lm import platform, process_groups
-from distributed_lm.checkpoint.folders import leftovers
+from distributed_lm.checkpoint.folders import leftovers, prune
 from distributed_lm.checkpoint.store import newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData, build_index_caches, check_shared_cache
@@ -41,9 +41,10 @@ def train(config: RunConfig) -> None:
         build_index_caches(config)
         groups = process_groups.start(config, process, found.layout)
         try:
-            first_step, problems = newest_verified(config.run_dir, groups)
+            first_step, damaged = newest_verified(config.run_dir, groups)
             notes = [taken_over] if taken_over else []
-            notes += [f"{problem}; using the one before" for problem in problems]
+            if is_first:
+                notes += _tidy(config, damaged)
             if first_step < config.train.steps:
                 _train(config, groups, found, first_step, notes)
             elif is_first:
@@ -58,7 +59,8 @@ def _train(
     data = TrainingData(config)
     engine = _build_engine(config, found.vocab_size, groups)
     progress = Progress(data=found.data_identity, data_digest=genesis(data.corpus_hash))
-    notes += _notes_on_folder(config, found) if groups.is_first_rank else []
+    if groups.is_first_rank:
+        notes += _notes_on_changes(config, found)
     if first_step:
         progress = restore_progress(load_snapshot(engine, config.run_dir, first_step))
     proof = prove_positions(engine.stages, groups)
@@ -83,19 +85,26 @@ def _build_engine(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> 
         return TrainingEngine(config, stages, groups)
 
 
-def _notes_on_folder(config: RunConfig, found: Preflight) -> list[str]:
-    """What a reader of the log should know of an earlier life; removes what a kill has left."""
-    notes = []
+def _tidy(config: RunConfig, damaged: list[str]) -> list[str]:
+    """Finish what a killed run was about to do: remove the unfinished save, and what retention
+    gives up if the newest checkpoint is whole. Returns what a reader of the log should know."""
+    notes = [f"{problem}; using the one before" for problem in damaged]
     for folder in leftovers(config.run_dir):
         shutil.rmtree(folder, ignore_errors=True)
         notes.append(f"{folder}: an unfinished save, removed")
-    changes = check_continues(config, found.data_identity)
-    if changes:
-        note = "changed since the checkpoint: " + "; ".join(changes)
-        if any(change.startswith("train.steps") for change in changes):
-            note += " (the schedule follows train.steps unless schedule.total_steps is set)"
-        notes.append(note)
+    if not damaged:
+        prune(config)
     return notes
+
+
+def _notes_on_changes(config: RunConfig, found: Preflight) -> list[str]:
+    changes = check_continues(config, found.data_identity)
+    if not changes:
+        return []
+    note = "changed since the checkpoint: " + "; ".join(changes)
+    if any(change.startswith("train.steps") for change in changes):
+        note += " (the schedule follows train.steps unless schedule.total_steps is set)"
+    return [note]
 
 
 def _say_finished(config: RunConfig, step: int) -> None:

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distributed_lm.checkpoint.manifest import MANIFEST, sync_file
-from distributed_lm.config import CheckpointConfig
+from distributed_lm.checkpoint.manifest import sync_file
+from distributed_lm.config import CheckpointConfig, RunConfig
 from distributed_lm.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -63,6 +63,12 @@ def remove(run_dir: Path, step: int) -> None:
     shutil.rmtree(unfinished)
 
 
+def prune(config: RunConfig) -> None:
+    """Delete what retention gives up. Only after a newer checkpoint has been published whole."""
+    for step in superseded(saved_steps(config.run_dir), config.checkpoint):
+        remove(config.run_dir, step)
+
+
 def superseded(steps: list[int], checkpoint: CheckpointConfig) -> list[int]:
     """Which of the published ``steps`` (oldest first) retention gives up; never the newest."""
     if checkpoint.keep_last == 0:
@@ -98,7 +104,3 @@ def read_state(run_dir: Path, step: int) -> dict[str, Any]:
             "version of distributed_lm that wrote it"
         )
     return state
-
-
-def is_whole(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distributed_lm.checkpoint.folders import remove, saved_steps, superseded
+from distributed_lm.checkpoint.folders import prune
 from distributed_lm.checkpoint.store import SaveError, newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData
@@ -155,9 +155,7 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         self._event("save", f"checkpoint of step {step}", save_seconds=seconds)
         if self.groups.is_first_rank:
-            checkpoint = self.config.checkpoint
-            for old in superseded(saved_steps(self.config.run_dir), checkpoint):
-                remove(self.config.run_dir, old)
+            prune(self.config)
 
     def _handle_spike(self, result: StepResult) -> bool:
         """Act as configured; True if the run is now at an earlier step."""
