@@ -33,13 +33,10 @@ def check(config: RunConfig) -> None:
         tokenizer_of(corpus.folder, corpus.manifest)
     built = config.with_whole_model() if alone else config
     layout = Layout.grid(built.parallel, process.world_size)
-    groups = process_groups.start(built, process, layout)
-    try:
+    with process_groups.joined(built, process, layout) as groups:
         stages = build_stages(built, found.vocab_size, groups)
         initialize_weights(parameter_shards(stages, groups), built.model, built.seed)
         proof = prove_positions(stages, groups)
-    finally:
-        process_groups.stop()
     if process.rank == 0:
         _report(config, layout, found, proof)
 

@@ -68,7 +68,7 @@ def evaluate(
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Report environment, devices and data of a run, and prove its attention against fp32."""
+    """Report environment, devices and data of a run, and prove its attention against fp64."""
     run_config = load_config(config, overrides or [])
     _quiet_engines()
     from distributed_lm.check import check as run

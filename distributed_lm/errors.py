@@ -26,7 +26,7 @@ class CheckpointError(UserError):
 
 
 class ProofError(UserError):
-    """The live attention module differs from the fp32 reference: training would be wrong."""
+    """The live attention module differs from the fp64 reference: training would be wrong."""
 
     exit_code = 1
 

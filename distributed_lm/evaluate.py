@@ -51,12 +51,9 @@ def evaluate(
     step = _step_to_load(config, checkpoint, identity["tokenizer"])
     process = Process.from_environment()
     layout = Layout.grid(config.parallel, process.world_size)
-    groups = process_groups.start(config, process, layout)
-    try:
+    with process_groups.joined(config, process, layout) as groups:
         stages = _load_stages(config, step, groups)
         results = [_score(config, stages, groups, length) for length in lengths]
-    finally:
-        process_groups.stop()
     if process.rank == 0:
         for result in results:
             write_result(config, step, result, identity)

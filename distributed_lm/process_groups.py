@@ -3,6 +3,8 @@
 import datetime
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +87,14 @@ class ProcessGroups:
         dist.all_reduce(values, group=self.pipeline)
         dist.all_reduce(values, group=self.data)
         return values
+
+
+@contextmanager
+def joined(config: RunConfig, process: Process, layout: Layout) -> Iterator[ProcessGroups]:
+    """``start`` and ``stop``, but no stop on an error: NCCL would wait for ranks that are still at
+    work, and the error must be heard first. The process ends anyway."""
+    yield start(config, process, layout)
+    stop()
 
 
 def start(config: RunConfig, process: Process, layout: Layout) -> ProcessGroups:

@@ -39,8 +39,7 @@ def train(config: RunConfig) -> None:
     is_first = process.rank == 0
     with run_lock(config.run_dir, process.job) if is_first else nullcontext() as taken_over:
         build_index_caches(config)
-        groups = process_groups.start(config, process, found.layout)
-        try:
+        with process_groups.joined(config, process, found.layout) as groups:
             first_step, damaged = newest_verified(config.run_dir, groups)
             notes = [taken_over] if taken_over else []
             if is_first:
@@ -49,8 +48,6 @@ def train(config: RunConfig) -> None:
                 _train(config, groups, found, first_step, notes)
             elif is_first:
                 _say_finished(config, first_step)
-        finally:
-            process_groups.stop()
 
 
 def _train(

@@ -1,7 +1,7 @@
 """Floating-point operations of training, under the two conventions in use.
 
-Papers and frameworks differ on whether causal attention counts in full or by half; at 1.3B and
-1,024 tokens the two differ by 1.5 points of MFU, so both are always reported.
+Papers and frameworks differ on whether causal attention counts in full or by half, so both are
+always reported.
 """
 
 from dataclasses import dataclass

@@ -147,10 +147,10 @@ class TrainingEngine:
         sum_tied_embedding_gradients(self.stages, self.groups)
         with explain_out_of_memory("the optimizer step"):
             grad_norm = self._step_plain() if self.config.zero.stage == 0 else self._step_zero()
-        overflow = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        if overflow and self.config.precision != "fp16":
+        is_finite = math.isfinite(grad_norm)
+        if not is_finite and self.config.precision != "fp16":  # fp16 lowers its loss scale
             raise NonFiniteError(f"loss={loss:.4f} but grad_norm={grad_norm}")
-        return StepResult(loss, grad_norm, not (overflow or self.optimizer.skip_update))
+        return StepResult(loss, grad_norm, is_finite and not self.optimizer.skip_update)
 
     def evaluate(self, microbatches: list[Microbatch]) -> tuple[float, float]:
         """Summed loss and token count over the whole run's batch, without gradients."""
@@ -184,8 +184,7 @@ class TrainingEngine:
             scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
             for shard in self.shards:
                 shard.parameter.grad.mul_(scale)  # type: ignore[union-attr]
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"grad_norm={norm.item()}")
+        self.optimizer.skip_update |= not bool(torch.isfinite(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_lm.config import ModelConfig
+from distributed_lm.errors import ConfigError
 from distributed_lm.model.positions.base import HeadSlice, PositionMethod
 
 # fairseq counts positions from padding_idx + 1, and its padding index is 1.
@@ -18,6 +19,11 @@ class Sinusoidal(PositionMethod):
 
     def __init__(self, model: ModelConfig, heads: HeadSlice) -> None:
         super().__init__(model, heads)
+        if model.hidden_size < 4:
+            raise ConfigError(
+                f"model.hidden_size={model.hidden_size} is too narrow for sines and cosines of two "
+                "wavelengths; use at least 4, or another model.position"
+            )
         self.embedding_scale = math.sqrt(model.hidden_size)
 
     def embed(self, hidden_SBD: Tensor, first_position: int) -> Tensor:
