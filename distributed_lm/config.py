@@ -225,6 +225,8 @@ class TrackingConfig(Section):
 class CheckpointConfig(Section):
     save_every: CountOrOff = 0
     """Steps between checkpoints; 0 = only at the end."""
+    asynchronous: bool = True
+    """Write checkpoints in forked processes while training goes on; the last one is waited for."""
     keep_last: CountOrOff = 0
     """Newest checkpoints to keep; 0 = all. The newest is never deleted."""
     keep_every: CountOrOff = 0

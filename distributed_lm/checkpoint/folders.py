@@ -22,9 +22,14 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def unfinished_path(run_dir: Path, step: int) -> Path:
-    """Where a checkpoint is before it is published and after it is given up."""
-    return run_dir / "checkpoints" / f".step_{step:08d}.tmp"
+def unfinished_path(run_dir: Path, step: int, attempt: str) -> Path:
+    """Where a checkpoint is before it is published and after it is given up.
+
+    Args:
+        attempt: another one each time, so that a writer that outlives a killed run for a moment
+            cannot reach into the next one's files.
+    """
+    return run_dir / "checkpoints" / f".step_{step:08d}.{attempt}.tmp"
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -38,15 +43,14 @@ def leftovers(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob(".step_*.tmp"))
 
 
-def publish(run_dir: Path, step: int) -> Path:
+def publish(run_dir: Path, step: int, unfinished: Path) -> Path:
     """Give a finished checkpoint its name; after this it survives a power cut.
 
     A checkpoint of that step that is there already (a run rewound past it) is replaced.
     """
     final = checkpoint_path(run_dir, step)
-    unfinished = unfinished_path(run_dir, step)
     if final.exists():
-        replaced = final.with_name(f".{final.name}.old.tmp")
+        replaced = unfinished_path(run_dir, step, "replaced")
         os.rename(final, replaced)
         os.rename(unfinished, final)
         shutil.rmtree(replaced)
@@ -58,9 +62,9 @@ def publish(run_dir: Path, step: int) -> Path:
 
 def remove(run_dir: Path, step: int) -> None:
     """Delete one checkpoint so that a kill leaves nothing that looks like one."""
-    unfinished = unfinished_path(run_dir, step)
-    os.rename(checkpoint_path(run_dir, step), unfinished)
-    shutil.rmtree(unfinished)
+    removed = unfinished_path(run_dir, step, "removed")
+    os.rename(checkpoint_path(run_dir, step), removed)
+    shutil.rmtree(removed)
 
 
 def prune(config: RunConfig) -> None:

@@ -1,14 +1,29 @@
-"""A result from a forked process back to its parent, without a third process.
+"""What a forked process needs to live with its parent.
+
+A result goes back without a third process.
 
 Megatron's writer hands its results over through a ``multiprocessing.Manager``: a server process of
 200 MB per rank that outlives a rank that is killed. An unnamed file, whose descriptor a fork
 inherits, does the same and goes away with its last holder.
 """
 
+import ctypes
+import os
 import pickle
 import queue
+import signal
 import tempfile
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """In a forked process on Linux: be killed when the parent dies, however it dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class ForkQueue:

@@ -3,18 +3,27 @@ for everything else, ``manifest.json`` last. Everything here is collective: what
 one rank is an error on all of them.
 """
 
+import ctypes
 import json
+import multiprocessing
+import os
+import queue
+import secrets
 import shutil
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from distributed_lm.checkpoint.blocks import Block
@@ -27,7 +36,7 @@ from distributed_lm.checkpoint.folders import (
     unfinished_path,
 )
 from distributed_lm.checkpoint.foreign import check_executes_nothing
-from distributed_lm.checkpoint.fork_queue import ForkQueue
+from distributed_lm.checkpoint.fork_queue import ForkQueue, end_with_parent
 from distributed_lm.checkpoint.manifest import (
     FileRecord,
     read_manifest,
@@ -48,34 +57,76 @@ class SaveError(CheckpointError):
     exit_code = 1
 
 
-def save(
-    run_dir: Path, step: int, blocks: list[Block], state: dict[str, Any], groups: ProcessGroups
-) -> Path:
-    """Write one checkpoint and publish it.
+class Save:
+    """A checkpoint on its way to the disk. Collective: every rank makes one and calls the same.
+
+    Making it takes a snapshot and returns; a forked process of each rank writes the files (on a CPU
+    copy-on-write memory is the snapshot, from a GPU the tensors are copied first). ``finish``
+    publishes, once all ranks are done.
 
     Args:
         state: JSON values, taken from the first rank.
 
-    Returns:
-        The folder.
-
     Raises:
         SaveError: with the reason; nothing that looks like a checkpoint is left.
     """
-    folder = unfinished_path(run_dir, step)
-    needed = sum(groups.gather(_bytes_to_write(blocks)))
-    content = {"format_version": FORMAT_VERSION, "step": step, **state}
-    try:
-        _on_first_rank(groups, lambda: _begin(folder, needed, content))
-        _write_tensors(folder, blocks)
-        records = _merged(groups.gather(_own_records(folder, groups.process.rank)))
-        _on_first_rank(groups, lambda: write_manifest(folder, step, records))
-        _on_first_rank(groups, lambda: publish(run_dir, step))
-    except SaveError as error:
-        if groups.is_first_rank:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise SaveError(f"{folder}: not saved: {error}") from None
-    return checkpoint_path(run_dir, step)
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        blocks: list[Block],
+        state: dict[str, Any],
+        groups: ProcessGroups,
+    ) -> None:
+        self.run_dir = run_dir
+        self.step = step
+        self.groups = groups
+        self.started = time.perf_counter()
+        self.folder = unfinished_path(run_dir, step, groups.gather(secrets.token_hex(4))[0])
+        needed = sum(groups.gather(_bytes_to_write(blocks)))
+        content = {"format_version": FORMAT_VERSION, "step": step, **state}
+        with self._cleaning_up():
+            _on_first_rank(groups, lambda: _begin(self.folder, needed, content))
+            self.request = _plan(self.folder, blocks)
+            self.records = ForkQueue()
+            self.writer = _fork_writer(self.request, self.folder, groups.process.rank, self.records)
+        self.stall_seconds = time.perf_counter() - self.started
+        """What the snapshot took of the training's time."""
+
+    def is_written(self) -> bool:
+        """Whether the writers of all ranks have ended. Cheap: one small all-reduce."""
+        busy = torch.tensor(int(self.writer.is_alive()), device=self.groups.device)
+        dist.all_reduce(busy)
+        return int(busy) == 0
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the writers, publish, and return the seconds that the parts took.
+
+        Raises:
+            SaveError: with the reason; nothing that looks like a checkpoint is left.
+        """
+        self.writer.join()
+        written = time.perf_counter()
+        with self._cleaning_up():
+            _finalize(self.request)
+            records = _merged(self.groups.gather(_taken(self.records)))
+            _on_first_rank(self.groups, lambda: write_manifest(self.folder, self.step, records))
+            _on_first_rank(self.groups, lambda: publish(self.run_dir, self.step, self.folder))
+        return {
+            "save_stall_seconds": self.stall_seconds,
+            "save_seconds": written - self.started,
+            "finalize_seconds": time.perf_counter() - written,
+        }
+
+    @contextmanager
+    def _cleaning_up(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            if self.groups.is_first_rank:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise SaveError(f"step {self.step} not saved in {self.run_dir}: {error}") from None
 
 
 def newest_verified(run_dir: Path, groups: ProcessGroups) -> tuple[int, list[str]]:
@@ -127,7 +178,7 @@ def load(run_dir: Path, step: int, blocks: list[Block]) -> None:
     _check_shapes(folder, blocks)
     try:
         loaded = dist_checkpointing.load(
-            _sharded(blocks), str(folder), validate_access_integrity=False
+            _sharded(blocks, _scratch), str(folder), validate_access_integrity=False
         )
     except DCP_ERRORS as error:  # whatever torch makes of damaged files
         raise CheckpointError(
@@ -153,7 +204,6 @@ def _on_first_rank(groups: ProcessGroups, action: Callable[[], Any]) -> None:
 
 
 def _begin(folder: Path, needed: int, content: dict[str, Any]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -161,13 +211,73 @@ def _begin(folder: Path, needed: int, content: dict[str, Any]) -> None:
     write_synced(folder / STATE_FILE, json.dumps(content, indent=1))
 
 
-def _write_tensors(folder: Path, blocks: list[Block]) -> None:
+def _plan(folder: Path, blocks: list[Block]) -> Any:
+    """Megatron's and torch's agreement between the ranks on who writes what, not yet written."""
     filesystem_async._results_queue = ForkQueue()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     try:
-        dist_checkpointing.save(_sharded(blocks), str(folder), sharded_strategy=strategy)
+        return dist_checkpointing.save(
+            _sharded(blocks, _snapshot),
+            str(folder),
+            sharded_strategy=strategy,
+            async_sharded_save=True,
+        )
+    except DCP_ERRORS as error:
+        raise SaveError(_innermost(error)) from error
+
+
+def _fork_writer(request: Any, folder: Path, rank: int, records: ForkQueue) -> Any:
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    writer = multiprocessing.get_context("fork").Process(
+        target=_write, args=(request, arguments, folder, rank, records)
+    )
+    writer.start()
+    return writer
+
+
+def _write(request: Any, arguments: list[Any], folder: Path, rank: int, records: ForkQueue) -> None:
+    """In the forked process: write this rank's files and hash them."""
+    end_with_parent()
+    os.nice(5)  # training goes first
+    if request.async_fn is not None:
+        request.async_fn(*arguments, **request.async_fn_kwargs)
+    records.put(_own_records(folder, rank))
+
+
+def _finalize(request: Any) -> None:
+    """Exchange the writers' results and write ``.metadata``."""
+    try:
+        for finalize in request.finalize_fns:
+            finalize()
     except DCP_ERRORS as error:  # the writer's, which Megatron raises on every rank
         raise SaveError(_innermost(error)) from error
+
+
+def _taken(records: ForkQueue) -> dict[str, FileRecord]:
+    try:
+        return dict(records.get_nowait())
+    except queue.Empty:  # the writer was killed; its results are missing too, which was said
+        return {}
+
+
+def _snapshot(values: Tensor) -> Tensor:
+    """The tensor on the host, in a storage of just its size (torch would copy any other).
+
+    On a CPU that is the live memory itself: the fork makes it a snapshot.
+    """
+    if values.is_cuda:
+        return values.detach().to("cpu")
+    size = values.numel() * values.element_size()
+    if size == 0:
+        return values.detach().clone()
+    memory = (ctypes.c_char * size).from_address(values.data_ptr())
+    return torch.frombuffer(memory, dtype=values.dtype).view(values.shape)
+
+
+def _scratch(values: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=values.dtype)
 
 
 def _innermost(error: BaseException) -> str:
@@ -211,11 +321,11 @@ def _problem(folder: Path, groups: ProcessGroups) -> str | None:
     return None
 
 
-def _sharded(blocks: list[Block]) -> dict[str, Any]:
+def _sharded(blocks: list[Block], data_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {
         str(index): ShardedTensor(
             key=block.key,
-            data=block.values.detach().to("cpu", copy=True),  # a GPU has no room for another
+            data=data_of(block.values),
             dtype=block.values.dtype,
             local_shape=tuple(block.values.shape),
             global_shape=block.global_shape,

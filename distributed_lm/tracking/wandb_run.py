@@ -37,6 +37,8 @@ class WandbRun:
             return
         try:
             self._run.log({"step": values.get("step", 0), **metrics})
+            if "data_digest" in values:  # a text: W&B shows the newest, not a curve
+                self._run.summary["data_digest"] = values["data_digest"]
         except Exception as error:  # whatever it is, training goes on
             self._give_up("log", error)
 

@@ -1,7 +1,6 @@
 """The training loop: which batch next, step, record, validate, save. Only sequencing."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from distributed_lm.checkpoint.folders import prune
-from distributed_lm.checkpoint.store import SaveError, newest_verified
+from distributed_lm.checkpoint.store import Save, SaveError, newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData
 from distributed_lm.data.ledger import advance
@@ -19,7 +18,7 @@ from distributed_lm.process_groups import ProcessGroups
 from distributed_lm.tracking import Tracker
 from distributed_lm.training.engine import NonFiniteError, StepResult, TrainingEngine
 from distributed_lm.training.optimizer import learning_rate
-from distributed_lm.training.snapshot import load_snapshot, save_snapshot
+from distributed_lm.training.snapshot import begin_snapshot, load_snapshot
 from distributed_lm.training.spikes import SpikeDetector
 from distributed_lm.training.throughput import Throughput
 
@@ -66,6 +65,7 @@ class TrainingLoop:
         self.spikes = SpikeDetector(config.train.spike, progress.recent_losses)
         self.rewinds_in_a_row = 0
         self.failed_saves = 0
+        self.save: Save | None = None
 
     def run(self) -> None:
         """Train to the end, with a checkpoint and a validation there.
@@ -82,6 +82,8 @@ class TrainingLoop:
                 if self.spikes.is_spike(result.loss) and self._handle_spike(result):
                     continue
                 self._record(result)
+                if self.save is not None and self.save.is_written():
+                    self._publish_save()
                 with self.throughput.stopped():
                     self._validate_and_save(is_last=self.progress.step == steps)
 
@@ -105,6 +107,7 @@ class TrainingLoop:
         except NonFiniteError as error:
             where = f"step {progress.step + 1}: {error}; blocks {blocks}"
             self._event("non_finite", f"stopped before the update, {where}")
+            self._publish_save()
             raise TrainingError(
                 f"non-finite values at {where}. The weights are those of step {progress.step}; "
                 "lower optimizer.learning_rate, or look at that batch"
@@ -138,31 +141,50 @@ class TrainingLoop:
             self._save(step, is_last)
 
     def _save(self, step: int, is_last: bool) -> None:
-        """A save that fails is an event, and the next one tries again; not so for ever."""
+        """Start a save, after the one before has been published. The last one is waited for."""
+        self._publish_save()
         self.progress.recent_losses = list(self.spikes.losses)
-        started = time.perf_counter()
+        with self._tolerating_failed_saves(is_last):
+            self.save = begin_snapshot(
+                self.engine, self.config.run_dir, step, asdict(self.progress)
+            )
+        if is_last or not self.config.checkpoint.asynchronous:
+            self._publish_save(is_last)
+
+    def _publish_save(self, is_last: bool = False) -> None:
+        """Wait for the save that is under way, if any, and give it its name."""
+        if self.save is None:
+            return
+        save, self.save = self.save, None
+        with self._tolerating_failed_saves(is_last):
+            seconds = save.finish()
+            self.failed_saves = 0
+            self.rewinds_in_a_row = 0
+            self._event("save", f"checkpoint of step {save.step}", **seconds)
+            if self.groups.is_first_rank:
+                prune(self.config)
+
+    @contextlib.contextmanager
+    def _tolerating_failed_saves(self, is_last: bool) -> Iterator[None]:
+        """A save that fails is an event, and the next one tries again; not so for ever."""
         try:
-            save_snapshot(self.engine, self.config.run_dir, step, asdict(self.progress))
+            yield
         except SaveError as error:
             self.failed_saves += 1
             limit = self.config.checkpoint.max_failed_saves
             self._event("save_failed", f"{error} (failure {self.failed_saves} of {limit} in a row)")
             if is_last or self.failed_saves >= limit:
                 raise SaveError(f"{error}; {self.failed_saves} failed saves in a row") from None
-            return
-        self.failed_saves = 0
-        self.rewinds_in_a_row = 0
-        seconds = time.perf_counter() - started
-        self._event("save", f"checkpoint of step {step}", save_seconds=seconds)
-        if self.groups.is_first_rank:
-            prune(self.config)
 
     def _handle_spike(self, result: StepResult) -> bool:
         """Act as configured; True if the run is now at an earlier step."""
         action = self.config.train.spike.action
         step = self.progress.step
         message = f"loss {result.loss:.4f} is above {self.spikes.limit:.4f} at step {step}"
-        saved = newest_verified(self.config.run_dir, self.groups)[0] if action == "rewind" else 0
+        saved = 0
+        if action == "rewind":
+            self._publish_save()
+            saved = newest_verified(self.config.run_dir, self.groups)[0]
         if not saved:
             done = "update left out" if action in ("skip", "rewind") else "update kept"
             self._event("spike", f"{message}: {done}", loss=result.loss)

@@ -1,5 +1,6 @@
 """A whole training state to and from a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distributed_lm.process_groups import (
 )
 from distributed_lm.training.engine import TrainingEngine
 from distributed_lm.training.zero_state import (
+    MASTER,
     ensure_moments,
     loss_scale_state,
     optimizer_blocks,
@@ -25,7 +27,9 @@ from distributed_lm.training.zero_state import (
 )
 
 
-def save_snapshot(engine: TrainingEngine, run_dir: Path, step: int, state: dict[str, Any]) -> Path:
+def begin_snapshot(
+    engine: TrainingEngine, run_dir: Path, step: int, state: dict[str, Any]
+) -> store.Save:
     """Collective. ``state`` is the loop's own part; the engine's is added here.
 
     Raises:
@@ -40,8 +44,8 @@ def save_snapshot(engine: TrainingEngine, run_dir: Path, step: int, state: dict[
         "config": engine.config.model_dump(mode="json"),
         "versions": platform.describe_environment(),
     }
-    blocks = _all_blocks(engine) + _random_blocks(engine.groups)
-    return store.save(run_dir, step, blocks, content, engine.groups)
+    blocks = weight_blocks(engine) + optimizer_blocks(engine) + _random_blocks(engine.groups)
+    return store.Save(run_dir, step, blocks, content, engine.groups)
 
 
 def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str,
     """
     state = read_state(run_dir, step)
     ensure_moments(engine)
-    store.load(run_dir, step, _all_blocks(engine))
+    store.load(run_dir, step, _weights_from_masters(engine) + optimizer_blocks(engine))
     set_updates_done(engine, state["updates_done"])
     set_loss_scale_state(engine, state["loss_scale"])
     if state["layout"] == engine.groups.layout.describe():
@@ -64,8 +68,12 @@ def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str,
     return state
 
 
-def _all_blocks(engine: TrainingEngine) -> list[Block]:
-    return weight_blocks(engine) + optimizer_blocks(engine)
+def _weights_from_masters(engine: TrainingEngine) -> list[Block]:
+    """The weights, to be filled by rounding the fp32 masters: exact from any precision to any."""
+    return [
+        replace(block, key=f"{MASTER}.{block.key.removeprefix('model.')}")
+        for block in weight_blocks(engine)
+    ]
 
 
 def _random_blocks(groups: ProcessGroups) -> list[Block]:

@@ -209,6 +209,25 @@ def failing_run_that_sees_room(config: RunConfig) -> str:
     return failing_run(config)
 
 
+def test_read_only_folder_is_an_event_and_the_end_only_at_the_end(
+    small_disk: Path, demo_data: Path, tmp_path: Path
+) -> None:
+    runs = Runs(demo_data, tmp_path)
+    config = runs.config("readonly", *SHORT, "checkpoint.max_failed_saves=9")
+    folder = config.run_dir / "checkpoints"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", str(small_disk), str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        [message] = run_distributed(failing_run, 1, config)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert "Read-only file system" in message
+    records = runs.records(config)
+    assert [line["step"] for line in records["train"]] == [1, 2, 3, 4]
+    assert [line["event"] for line in records["event"]].count("save_failed") == 2
+
+
 def test_retention_keeps_the_newest_and_every_nth() -> None:
     steps = [1, 2, 3, 4, 5, 6]
     assert superseded(steps, CheckpointConfig()) == []
