@@ -89,6 +89,27 @@ def demo(
 
 
 @app.command()
+def drill(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, help="How many times a rank is killed.")] = 5,
+    resume_layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='"KEY=VALUE ..."',
+            help="Fields to change on resuming; several of these take turns. Default: none.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the ranks and moments of the kills.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the two runs.")] = Path("runs/drill"),
+) -> None:
+    """Kill a run again and again on this machine's CPU, and prove that nothing was lost."""
+    from distributed_lm.drill.command import drill as run
+
+    run(config, overrides or [], kills, resume_layout or [], seed, output)
+
+
+@app.command()
 def checkpoints(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     action: Annotated[

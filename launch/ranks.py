@@ -1,5 +1,6 @@
 """One rank as a child process: its output, its signals, its end."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -81,9 +82,10 @@ class RankProcess:
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the process, if it still runs, and everything it started."""
+        """End the process, if it still runs, and everything it started and left behind."""
         if self._process.poll() is None:
             self.stopped_by_us = True
+        with contextlib.suppress(ProcessLookupError):  # none of its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def finish(self) -> None:

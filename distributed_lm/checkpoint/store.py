@@ -240,6 +240,7 @@ def _fork_writer(request: Any, folder: Path, rank: int, records: ForkQueue) -> A
 def _write(request: Any, arguments: list[Any], folder: Path, rank: int, records: ForkQueue) -> None:
     """In the forked process: write this rank's files and hash them."""
     end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)  # Megatron's writer forks once more
     os.nice(5)  # training goes first
     if request.async_fn is not None:
         request.async_fn(*arguments, **request.async_fn_kwargs)

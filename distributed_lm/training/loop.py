@@ -142,6 +142,9 @@ class TrainingLoop:
 
     def _save(self, step: int, is_last: bool) -> None:
         """Start a save, after the one before has been published. The last one is waited for."""
+        if self.save is not None and not self.save.is_written():
+            message = f"the save of step {self.save.step} is still being written: waiting for it"
+            self._event("save_wait", message)
         self._publish_save()
         self.progress.recent_losses = list(self.spikes.losses)
         with self._tolerating_failed_saves(is_last):
