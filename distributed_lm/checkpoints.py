@@ -101,7 +101,8 @@ def _prune(run_dir: Path, steps: list[int], console: Console) -> None:
         ),
         None,
     )
-    for step in superseded(steps, load_config(run_dir).checkpoint):
-        if newest_whole is not None and step != newest_whole:
-            remove(run_dir, step)
-            console.print(f"removed step {step}")
+    if newest_whole is None:
+        return
+    for step in superseded(steps, load_config(run_dir).checkpoint, newest_whole):
+        remove(run_dir, step)
+        console.print(f"removed step {step}")

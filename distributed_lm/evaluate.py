@@ -98,7 +98,7 @@ def _load_stages(config: RunConfig, step: int, groups: ProcessGroups) -> list[GP
         raise CheckpointError(f"{damage}; evaluate another with --checkpoint STEP")
     data_vocab_size = open_corpora(config)[0].manifest.vocab_size
     stages = build_stages(config, padded_vocab_size(config.model, data_vocab_size), groups)
-    store.load(config.run_dir, step, model_blocks(parameter_shards(stages, groups), groups))
+    store.load(config.run_dir, step, model_blocks(parameter_shards(stages, groups), groups), groups)
     for stage in stages:
         stage.eval()
     prove_positions(stages, groups)

@@ -43,7 +43,7 @@ def train(config: RunConfig) -> None:
             first_step, damaged = newest_verified(config.run_dir, groups)
             notes = [taken_over] if taken_over else []
             if is_first:
-                notes += _tidy(config, damaged)
+                notes += _tidy(config, first_step, damaged)
             if first_step < config.train.steps:
                 _train(config, groups, found, first_step, notes)
             elif is_first:
@@ -82,16 +82,14 @@ def _build_engine(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> 
         return TrainingEngine(config, stages, groups)
 
 
-def _tidy(config: RunConfig, damaged: list[str]) -> list[str]:
+def _tidy(config: RunConfig, newest_whole: int, damaged: list[str]) -> list[str]:
     """Finish what a killed run was about to do: remove the unfinished save, and what retention
-    gives up if the newest checkpoint is whole. Returns what a reader of the log should know."""
+    gives up. Returns what a reader of the log should know."""
     notes = [f"{problem}; using the one before" for problem in damaged]
     for folder in leftovers(config.run_dir):
         shutil.rmtree(folder, ignore_errors=True)
         notes.append(f"{folder}: an unfinished save, removed")
-    if not damaged:
-        prune(config)
-    return notes
+    return notes + prune(config, newest_whole)
 
 
 def _notes_on_changes(config: RunConfig, found: Preflight) -> list[str]:
@@ -124,7 +122,11 @@ def _validator(
             )
             tracker.log("evaluation", {"step": step, **asdict(result)})
             if step == config.train.steps and engine.groups.is_first_rank:
-                write_result(config, step, result, found.data_identity)
+                try:
+                    write_result(config, step, result, found.data_identity)
+                except OSError as error:  # a full disk: metrics.jsonl has it already
+                    message = f"evaluation at length {length} not written ({error.strerror})"
+                    tracker.log("event", {"event": "note", "step": step, "message": message})
 
     return validate
 

@@ -7,6 +7,7 @@ renamed when everything, the manifest last, is on disk. Deleting renames first, 
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,12 @@ def publish(run_dir: Path, step: int, unfinished: Path) -> Path:
     if final.exists():
         replaced = unfinished_path(run_dir, step, "replaced")
         os.rename(final, replaced)
-        os.rename(unfinished, final)
-        shutil.rmtree(replaced)
+        try:
+            os.rename(unfinished, final)
+        except OSError:
+            os.rename(replaced, final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)  # if not now, then at the next start
     else:
         os.rename(unfinished, final)
     sync_file(final.parent)
@@ -62,25 +67,39 @@ def publish(run_dir: Path, step: int, unfinished: Path) -> Path:
 
 def remove(run_dir: Path, step: int) -> None:
     """Delete one checkpoint so that a kill leaves nothing that looks like one."""
-    removed = unfinished_path(run_dir, step, "removed")
+    removed = unfinished_path(run_dir, step, f"removed-{time.time_ns()}")
     os.rename(checkpoint_path(run_dir, step), removed)
     shutil.rmtree(removed)
 
 
-def prune(config: RunConfig) -> None:
-    """Delete what retention gives up. Only after a newer checkpoint has been published whole."""
-    for step in superseded(saved_steps(config.run_dir), config.checkpoint):
-        remove(config.run_dir, step)
+def prune(config: RunConfig, newest_whole: int) -> list[str]:
+    """Delete what retention gives up, now that a newer checkpoint is known to be whole.
+
+    Returns:
+        What could not be deleted, and why.
+    """
+    problems = []
+    for step in superseded(saved_steps(config.run_dir), config.checkpoint, newest_whole):
+        try:
+            remove(config.run_dir, step)
+        except OSError as error:
+            path = checkpoint_path(config.run_dir, step)
+            problems.append(f"{path}: not deleted ({error.strerror})")
+    return problems
 
 
-def superseded(steps: list[int], checkpoint: CheckpointConfig) -> list[int]:
-    """Which of the published ``steps`` (oldest first) retention gives up; never the newest."""
+def superseded(steps: list[int], checkpoint: CheckpointConfig, newest_whole: int) -> list[int]:
+    """Which of the published ``steps`` (oldest first) retention gives up.
+
+    Never ``newest_whole``; and what is newer than that is damaged, and neither counts nor goes.
+    """
     if checkpoint.keep_last == 0:
         return []
-    kept = set(steps[-checkpoint.keep_last :])
+    older = [step for step in steps if step <= newest_whole]
+    kept = set(older[-checkpoint.keep_last :])
     if checkpoint.keep_every:
-        kept |= {step for step in steps if step % checkpoint.keep_every == 0}
-    return [step for step in steps if step not in kept]
+        kept |= {step for step in older if step % checkpoint.keep_every == 0}
+    return [step for step in older if step not in kept]
 
 
 def read_state(run_dir: Path, step: int) -> dict[str, Any]:

@@ -60,9 +60,13 @@ def _check_torch_archive(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    _check_names(path, archive.read(name))
+            # torch's reader ignores case and takes the first of two entries, Python's the last.
+            names = [name.casefold() for name in archive.namelist()]
+            if len(set(names)) != len(names):
+                raise CheckpointError(f"{path}: holds an entry twice; do not load this folder")
+            for entry in archive.infolist():
+                if entry.filename.casefold().endswith(".pkl"):
+                    _check_names(path, archive.read(entry))
     except zipfile.BadZipFile:
         raise CheckpointError(f"{path}: not a torch archive; the file is damaged") from None
 

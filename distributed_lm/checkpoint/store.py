@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,6 +48,8 @@ from distributed_lm.checkpoint.manifest import (
 )
 from distributed_lm.errors import CheckpointError
 from distributed_lm.process_groups import ProcessGroups
+
+Result = TypeVar("Result")
 
 # torch's own is a BaseException.
 DCP_ERRORS = (Exception, CheckpointException)
@@ -88,9 +92,13 @@ class Save:
         content = {"format_version": FORMAT_VERSION, "step": step, **state}
         with self._cleaning_up():
             _on_first_rank(groups, lambda: _begin(self.folder, needed, content))
-            self.request = _plan(self.folder, blocks)
-            self.records = ForkQueue()
-            self.writer = _fork_writer(self.request, self.folder, groups.process.rank, self.records)
+            snapshot = _on_every_rank(groups, lambda: _sharded(blocks, _snapshot))
+            self.records, results = _on_every_rank(groups, lambda: (ForkQueue(), ForkQueue()))
+            self.request = _plan(self.folder, snapshot, results)
+            rank = groups.process.rank
+            self.writer = _on_every_rank(
+                groups, lambda: _fork_writer(self.request, self.folder, rank, self.records)
+            )
         self.stall_seconds = time.perf_counter() - self.started
         """What the snapshot took of the training's time."""
 
@@ -109,7 +117,7 @@ class Save:
         self.writer.join()
         written = time.perf_counter()
         with self._cleaning_up():
-            _finalize(self.request)
+            _finalize(self.request, self.groups)
             records = _merged(self.groups.gather(_taken(self.records)))
             _on_first_rank(self.groups, lambda: write_manifest(self.folder, self.step, records))
             _on_first_rank(self.groups, lambda: publish(self.run_dir, self.step, self.folder))
@@ -167,15 +175,16 @@ def find_damage(run_dir: Path, step: int, groups: ProcessGroups) -> str | None:
     return found[0] if found else None
 
 
-def load(run_dir: Path, step: int, blocks: list[Block]) -> None:
+def load(run_dir: Path, step: int, blocks: list[Block], groups: ProcessGroups) -> None:
     """Fill the blocks from a checkpoint, whatever layout wrote it. Executes nothing found in it.
 
     Raises:
         CheckpointError: if a tensor is missing, has another shape, or cannot be read.
     """
     folder = checkpoint_path(run_dir, step)
-    check_executes_nothing(folder)
-    _check_shapes(folder, blocks)
+    problems = groups.gather(_problem_of(lambda: _check_loadable(folder, blocks)))
+    if any(problems):
+        raise CheckpointError(next(problem for problem in problems if problem))
     try:
         loaded = dist_checkpointing.load(
             _sharded(blocks, _scratch), str(folder), validate_access_integrity=False
@@ -190,17 +199,31 @@ def load(run_dir: Path, step: int, blocks: list[Block]) -> None:
             block.values.copy_(loaded[str(index)])
 
 
+def _on_every_rank(groups: ProcessGroups, action: Callable[[], Result]) -> Result:
+    """Run ``action`` on every rank; what goes wrong on one is a SaveError on all of them."""
+    results: list[Result] = []
+    found = groups.gather(_problem_of(lambda: results.append(action())))
+    if any(found):
+        raise SaveError(next(problem for problem in found if problem))
+    return results[0]
+
+
 def _on_first_rank(groups: ProcessGroups, action: Callable[[], Any]) -> None:
-    """Run ``action`` on the first rank; what the disk refuses is a SaveError on every rank."""
-    problem = None
-    if groups.is_first_rank:
-        try:
-            action()
-        except OSError as error:
-            problem = f"{error.strerror or error}"
-    problem = groups.gather(problem)[0]
-    if problem is not None:
-        raise SaveError(problem)
+    """The same for what the first rank does alone."""
+    _on_every_rank(groups, action if groups.is_first_rank else lambda: None)
+
+
+def _problem_of(action: Callable[[], Any]) -> str | None:
+    """What the disk, the memory or a check has to say against ``action``, having tried it."""
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    except (MemoryError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _begin(folder: Path, needed: int, content: dict[str, Any]) -> None:
@@ -211,16 +234,13 @@ def _begin(folder: Path, needed: int, content: dict[str, Any]) -> None:
     write_synced(folder / STATE_FILE, json.dumps(content, indent=1))
 
 
-def _plan(folder: Path, blocks: list[Block]) -> Any:
+def _plan(folder: Path, snapshot: dict[str, Any], results: ForkQueue) -> Any:
     """Megatron's and torch's agreement between the ranks on who writes what, not yet written."""
-    filesystem_async._results_queue = ForkQueue()
+    filesystem_async._results_queue = results  # instead of a server process; see ForkQueue
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     try:
         return dist_checkpointing.save(
-            _sharded(blocks, _snapshot),
-            str(folder),
-            sharded_strategy=strategy,
-            async_sharded_save=True,
+            snapshot, str(folder), sharded_strategy=strategy, async_sharded_save=True
         )
     except DCP_ERRORS as error:
         raise SaveError(_innermost(error)) from error
@@ -247,13 +267,45 @@ def _write(request: Any, arguments: list[Any], folder: Path, rank: int, records:
     records.put(_own_records(folder, rank))
 
 
-def _finalize(request: Any) -> None:
+def _finalize(request: Any, groups: ProcessGroups) -> None:
     """Exchange the writers' results and write ``.metadata``."""
+    errors: list[OSError] = []
     try:
-        for finalize in request.finalize_fns:
-            finalize()
-    except DCP_ERRORS as error:  # the writer's, which Megatron raises on every rank
+        with _deferring_disk_errors(errors):
+            for finalize in request.finalize_fns:
+                finalize()
+    except DCP_ERRORS as error:  # a writer's, which Megatron raises on every rank
         raise SaveError(_innermost(error)) from error
+    _on_every_rank(groups, lambda: _raise_first(errors))
+
+
+@contextmanager
+def _deferring_disk_errors(errors: list[OSError]) -> Iterator[None]:
+    """Megatron's first rank writes ``.metadata`` and ``metadata.json`` between two collectives:
+    raising there would leave the other ranks waiting for it. So it is raised later, on all."""
+    finish, save_config = FileSystemWriterAsync.finish, serialization.save_config
+
+    def deferred(function: Callable[..., Any]) -> Callable[..., None]:
+        def call(*arguments: Any, **keywords: Any) -> None:
+            try:
+                function(*arguments, **keywords)
+            except OSError as error:
+                errors.append(error)
+
+        return call
+
+    FileSystemWriterAsync.finish = deferred(finish)
+    serialization.save_config = deferred(save_config)
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.finish = finish
+        serialization.save_config = save_config
+
+
+def _raise_first(errors: list[OSError]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _taken(records: ForkQueue) -> dict[str, FileRecord]:
@@ -338,7 +390,9 @@ def _sharded(blocks: list[Block], data_of: Callable[[Tensor], Tensor]) -> dict[s
     }
 
 
-def _check_shapes(folder: Path, blocks: list[Block]) -> None:
+def _check_loadable(folder: Path, blocks: list[Block]) -> None:
+    """Raises CheckpointError if a file would execute something or a tensor is not as asked for."""
+    check_executes_nothing(folder)
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(folder))
     except DCP_ERRORS as error:

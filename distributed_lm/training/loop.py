@@ -165,7 +165,8 @@ class TrainingLoop:
             self.rewinds_in_a_row = 0
             self._event("save", f"checkpoint of step {save.step}", **seconds)
             if self.groups.is_first_rank:
-                prune(self.config)
+                for problem in prune(self.config, save.step):
+                    self._event("prune_failed", problem)
 
     @contextlib.contextmanager
     def _tolerating_failed_saves(self, is_last: bool) -> Iterator[None]:

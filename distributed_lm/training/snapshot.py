@@ -8,6 +8,7 @@ from distributed_lm import platform
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import Block
 from distributed_lm.checkpoint.folders import read_state
+from distributed_lm.errors import CheckpointError
 from distributed_lm.process_groups import (
     ProcessGroups,
     random_states,
@@ -20,6 +21,7 @@ from distributed_lm.training.zero_state import (
     ensure_moments,
     loss_scale_state,
     optimizer_blocks,
+    refresh_gathered_weights,
     set_loss_scale_state,
     set_updates_done,
     updates_done,
@@ -56,16 +58,29 @@ def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str,
     """
     state = read_state(run_dir, step)
     ensure_moments(engine)
-    store.load(run_dir, step, _weights_from_masters(engine) + optimizer_blocks(engine))
+    store.load(
+        run_dir, step, _weights_from_masters(engine) + optimizer_blocks(engine), engine.groups
+    )
+    refresh_gathered_weights(engine)
     set_updates_done(engine, state["updates_done"])
     set_loss_scale_state(engine, state["loss_scale"])
-    if state["layout"] == engine.groups.layout.describe():
-        random = _random_blocks(engine.groups)
-        store.load(run_dir, step, random)
-        set_random_states({block.key.rsplit(".", 1)[1]: block.values for block in random})
-    else:  # no state to continue on this grid: a new one that depends on seed and step alone
+    if not _continue_random_states(engine, run_dir, step, state["layout"]):
+        # None to continue on this grid or device: new ones, which depend on seed and step alone.
         seed_random_states(engine.config.seed + step, engine.groups)
     return state
+
+
+def _continue_random_states(engine: TrainingEngine, run_dir: Path, step: int, layout: str) -> bool:
+    """False if the checkpoint is of another layout, or of CPUs where there are now GPUs."""
+    if layout != engine.groups.layout.describe():
+        return False
+    random = _random_blocks(engine.groups)
+    try:
+        store.load(run_dir, step, random, engine.groups)
+    except CheckpointError:
+        return False
+    set_random_states({block.key.rsplit(".", 1)[1]: block.values for block in random})
+    return True
 
 
 def _weights_from_masters(engine: TrainingEngine) -> list[Block]:

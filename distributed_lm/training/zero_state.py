@@ -53,6 +53,15 @@ def ensure_moments(engine: TrainingEngine) -> None:
                 state[moment] = torch.zeros_like(master)
 
 
+def refresh_gathered_weights(engine: TrainingEngine) -> None:
+    """After a load: ZeRO 3 keeps small parameters gathered from its first step on, and those copies
+    are of before. Dropping them has the next forward gather what was loaded."""
+    if engine.config.zero.stage == 3:
+        gathered = engine.deepspeed.optimizer.persistent_parameters
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
+
+
 def updates_done(engine: TrainingEngine) -> int:
     """Adam's step count: steps less the updates left out."""
     return int(engine.optimizer.state[_masters(engine)[0]]["step"].item())

@@ -138,6 +138,31 @@ def masters_and_weights(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     }
 
 
+def repeat_after_loading(config: RunConfig, run_dir: Path) -> tuple[list[float], list[float]]:
+    """Losses of three steps after a save, and of the same steps after going back to it."""
+    engine, groups = build_engine(config)
+
+    def steps(first: int, last: int) -> list[float]:
+        return [
+            engine.train_step(random_microbatches(config, groups, step), 1e-2).loss
+            for step in range(first, last)
+        ]
+
+    steps(0, BEFORE)
+    begin_snapshot(engine, run_dir, BEFORE, {}).finish()
+    once = steps(BEFORE, BEFORE + 3)
+    load_snapshot(engine, run_dir, BEFORE)
+    return once, steps(BEFORE, BEFORE + 3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_going_back_within_a_life_is_exact(stage: int, tmp_path: Path) -> None:
+    """What a rewind does: the engine has stepped, and ZeRO 3 holds gathered copies."""
+    config = tiny_config(zero={"stage": stage})
+    for once, again in run_distributed(repeat_after_loading, 2, config, tmp_path):
+        assert again == once
+
+
 def load_into_other_model(config: RunConfig, run_dir: Path) -> str:
     engine, _ = build_engine(config)
     with pytest.raises(CheckpointError) as caught:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,9 +231,31 @@ def test_read_only_folder_is_an_event_and_the_end_only_at_the_end(
 
 def test_retention_keeps_the_newest_and_every_nth() -> None:
     steps = [1, 2, 3, 4, 5, 6]
-    assert superseded(steps, CheckpointConfig()) == []
-    assert superseded(steps, CheckpointConfig(keep_last=2)) == [1, 2, 3, 4]
-    assert superseded(steps, CheckpointConfig(keep_last=1, keep_every=3)) == [1, 2, 4, 5]
+    assert superseded(steps, CheckpointConfig(), 6) == []
+    assert superseded(steps, CheckpointConfig(keep_last=2), 6) == [1, 2, 3, 4]
+    assert superseded(steps, CheckpointConfig(keep_last=1, keep_every=3), 6) == [1, 2, 4, 5]
+
+
+def test_retention_never_counts_what_is_newer_than_the_newest_whole_one() -> None:
+    """After falling back from a damaged 25 to 20, and on to 22."""
+    keep_one = CheckpointConfig(keep_last=1)
+    assert superseded([20, 22, 25], keep_one, 22) == [20]
+    assert superseded([10, 20, 30], keep_one, 20) == [10]
+    assert superseded([10, 20, 30], keep_one, 10) == []
+
+
+@pytest.mark.parametrize("names", [("common/data.pkl", "common/data.pkl"), ("common/DATA.PKL",)])
+def test_archive_entries_cannot_hide(names: tuple[str, ...], tmp_path: Path) -> None:
+    """torch ignores case and takes the first of two entries, Python's zipfile takes the last."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({}))
+    contents = [pickle.dumps(Payload(tmp_path / "executed")), pickle.dumps({})]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, about the duplicate
+        with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
+            for name, content in zip(names, contents, strict=False):
+                archive.writestr(name, content)
+    with pytest.raises(CheckpointError):
+        check_executes_nothing(tmp_path)
 
 
 def test_old_checkpoints_go_when_a_newer_one_is_published(demo_data: Path, tmp_path: Path) -> None:

@@ -52,10 +52,15 @@ def test_kill_during_a_save_loses_no_checkpoint(
     runs = Runs(demo_data, tmp_path)
     config = runs.config("killed", *SHORT, *overrides)
     assert run_to_death(config, world_size, rank, fatal)
-    for step in saved_steps(config.run_dir):
+    steps = saved_steps(config.run_dir)
+    first_life = len(runs.records(config)["train"])
+    for step in steps:
         verify(checkpoint_path(config.run_dir, step))  # what has a name is whole
     run_distributed(train_run, world_size, config)
     records = runs.records(config)
     assert final_losses(records) == expected
+    # It went on from the newest checkpoint; a run that starts over gets the same losses, too.
+    second_life = [line["step"] for line in records["train"][first_life:]]
+    assert second_life == list(range((steps or [0])[-1] + 1, 5))
     assert saved_steps(config.run_dir) == [4]
     assert not list((config.run_dir / "checkpoints").glob(".*"))
