@@ -116,9 +116,10 @@ def test_another_run_in_the_folder_is_refused(
 
 def test_what_may_change_between_starts_does(make: MakeConfig) -> None:
     save_state(make())
-    preflight(
-        make("train.steps=99", "optimizer.learning_rate=1e-4", "zero.stage=2", "precision=bf16"), 1
+    changed = make(
+        "train.steps=99", "optimizer.learning_rate=1e-4", "zero.stage=2", "precision=bf16"
     )
+    assert preflight(changed, 1).vocab_size == 320
 
 
 def test_other_data_under_the_same_path_is_refused(make: MakeConfig) -> None:
