@@ -311,7 +311,7 @@ def _raise_first(errors: list[OSError]) -> None:
 def _taken(records: ForkQueue) -> dict[str, FileRecord]:
     try:
         return dict(records.get_nowait())
-    except queue.Empty:  # the writer was killed; its results are missing too, which was said
+    except queue.Empty:  # it had nothing to write, or could not hash: the first rank then does
         return {}
 
 
