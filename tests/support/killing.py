@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_lm.config import RunConfig
-from tests.support.ranks import CONTEXT, free_port
+from tests.support.ranks import CONTEXT, become_rank, free_port
 
 # What a save does to the disk, as Python's audit events; fsync has none and is wrapped instead.
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -53,16 +53,7 @@ def train_with_fuse(config: RunConfig, fatal_rank: int | None, fatal: int | None
 
 
 def _dying_main(rank: int, world_size: int, port: int, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    import torch
-
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port)
     train_with_fuse(*arguments)
     os._exit(0)
 

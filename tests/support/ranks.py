@@ -53,6 +53,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """In a forked process: what a launcher would have set, and one thread."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _collect(connections: list[Connection], timeout_seconds: float) -> list[Any]:
     deadline = time.monotonic() + timeout_seconds
     results: dict[Connection, Any] = {}
@@ -82,16 +96,7 @@ def _rank_main(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    import torch
-
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port)
     try:
         connection.send((True, function(*arguments)))
     except BaseException:
