@@ -18,6 +18,7 @@ from distributed_lm.checkpoint.folders import (
 from distributed_lm.checkpoint.manifest import verify
 from distributed_lm.config import load_config
 from distributed_lm.errors import CheckpointError
+from distributed_lm.run_lock import Life, RunLock, run_lock
 
 
 class Action(str, Enum):
@@ -30,21 +31,34 @@ class Action(str, Enum):
 
 def checkpoints(run_dir: Path, action: Action) -> None:
     """Print a table of a run's checkpoints; ``verify`` reads every byte of them, ``prune`` deletes
-    what ``checkpoint.keep_last`` and ``keep_every`` of the run's config give up.
+    what ``checkpoint.keep_last`` and ``keep_every`` of the run's config give up, and is refused
+    while the run is at work, which deletes, too.
 
     Raises:
         CheckpointError: if there are none, or verifying found damage.
+        ConfigError: if the folder is to be pruned and is in use.
     """
-    steps = saved_steps(run_dir)
-    if not steps:
+    if not saved_steps(run_dir):
         raise CheckpointError(f"{run_dir}: no checkpoints in this folder; give a run folder")
+    if action is Action.prune:
+        # No life of a job, whatever shell this is: never a reason to take a training's lock.
+        with run_lock(run_dir, Life(job=None)) as lock:
+            _show(run_dir, action, lock)
+    else:
+        _show(run_dir, action, None)
+
+
+def _show(run_dir: Path, action: Action, lock: RunLock | None) -> None:
+    steps = saved_steps(run_dir)
     console = Console()
     damage = {step: _damage(checkpoint_path(run_dir, step), action) for step in steps}
     console.print(_table(run_dir, damage, action))
     for folder in leftovers(run_dir):
         console.print(f"{folder}: an unfinished save; the next start of the run removes it")
-    if action is Action.prune:
-        _prune(run_dir, steps, console)
+    if lock is not None:
+        if lock.taken_over:
+            console.print(lock.taken_over)
+        _prune(run_dir, steps, lock, console)
     found = [problem for problem in damage.values() if problem]
     if found:
         raise CheckpointError("; ".join(found))
@@ -91,7 +105,7 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _prune(run_dir: Path, steps: list[int], console: Console) -> None:
+def _prune(run_dir: Path, steps: list[int], lock: RunLock, console: Console) -> None:
     """Retention, but the newest checkpoint that is whole stays, whatever is newer."""
     newest_whole = next(
         (
@@ -104,5 +118,6 @@ def _prune(run_dir: Path, steps: list[int], console: Console) -> None:
     if newest_whole is None:
         return
     for step in superseded(steps, load_config(run_dir).checkpoint, newest_whole):
+        lock.check()
         remove(run_dir, step)
         console.print(f"removed step {step}")

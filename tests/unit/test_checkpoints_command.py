@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from distributed_lm import checkpoints as module
 from distributed_lm.checkpoint.folders import checkpoint_path, saved_steps
 from distributed_lm.checkpoint.manifest import write_manifest
 from distributed_lm.checkpoints import Action, checkpoints
 from distributed_lm.config import load_config
-from distributed_lm.errors import CheckpointError
+from distributed_lm.errors import CheckpointError, ConfigError
+from distributed_lm.run_lock import LOCK_FILE, Life, LockLostError, run_lock
 
 
 @pytest.fixture
@@ -21,6 +23,8 @@ def run_dir(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         state = {"format_version": 1, "layout": "data=2 tensor=1 pipeline=1"}
         (folder / "state.json").write_text(json.dumps(state))
+        for name in (".metadata", "metadata.json"):
+            (folder / name).write_text("{}")
         (folder / "__0_0.distcp").write_bytes(bytes(1000))
         write_manifest(folder, step, {})
     return tmp_path
@@ -59,6 +63,41 @@ def test_prune_keeps_the_newest_whole_one(run_dir: Path) -> None:
     damage(run_dir, 40)
     checkpoints(run_dir, Action.prune)
     assert saved_steps(run_dir) == [20, 30, 40]
+
+
+def test_prune_is_refused_while_the_run_is_at_work(run_dir: Path) -> None:
+    with run_lock(run_dir, Life("7")) as lock:
+        with pytest.raises(ConfigError, match=r"is in use: process \d+ on .*, job 7, since"):
+            checkpoints(run_dir, Action.prune)
+        checkpoints(run_dir, Action.list)
+        checkpoints(run_dir, Action.verify)
+        lock.check()
+    assert saved_steps(run_dir) == [10, 20, 30, 40]
+    checkpoints(run_dir, Action.prune)
+    assert not (run_dir / LOCK_FILE).exists()
+
+
+def test_prune_stops_when_a_run_took_the_folder_over(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-Z, minutes, and fg."""
+    remove = module.remove
+
+    def remove_and_lose(run_dir: Path, step: int) -> None:
+        remove(run_dir, step)
+        (run_dir / "other").write_text("{}")
+        (run_dir / "other").replace(run_dir / LOCK_FILE)
+
+    monkeypatch.setattr(module, "remove", remove_and_lose)
+    with pytest.raises(LockLostError):
+        checkpoints(run_dir, Action.prune)
+    assert saved_steps(run_dir) == [20, 30, 40]
+
+
+def test_mistyped_folder_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoints in this folder"):
+        checkpoints(tmp_path / "mistyped", Action.prune)
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
