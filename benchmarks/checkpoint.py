@@ -61,7 +61,7 @@ def measure(engine: TrainingEngine, run_dir: Path, saves: int, wait: bool) -> di
             stall = time.perf_counter() - started
         else:
             stall = save.stall_seconds
-            while not save.is_written():
+            while save.is_writing():
                 time.sleep(0.05)
             seconds = save.finish()
         rows.append({**seconds, "stall": stall})

@@ -4,6 +4,7 @@
 renamed when everything, the manifest last, is on disk. Deleting renames first, too.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distributed_lm.checkpoint.manifest import sync_file
+from distributed_lm.checkpoint.manifest import STATE_FILE, sync_file
 from distributed_lm.config import CheckpointConfig, RunConfig
 from distributed_lm.errors import CheckpointError
 
-STATE_FILE = "state.json"
 FORMAT_VERSION = 1
+REPLACED = "replaced"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -44,14 +45,14 @@ def leftovers(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob(".step_*.tmp"))
 
 
-def publish(run_dir: Path, step: int, unfinished: Path) -> Path:
+def publish(run_dir: Path, step: int, unfinished: Path) -> None:
     """Give a finished checkpoint its name; after this it survives a power cut.
 
     A checkpoint of that step that is there already (a run rewound past it) is replaced.
     """
     final = checkpoint_path(run_dir, step)
     if final.exists():
-        replaced = unfinished_path(run_dir, step, "replaced")
+        replaced = unfinished_path(run_dir, step, REPLACED)
         os.rename(final, replaced)
         try:
             os.rename(unfinished, final)
@@ -62,13 +63,35 @@ def publish(run_dir: Path, step: int, unfinished: Path) -> Path:
     else:
         os.rename(unfinished, final)
     sync_file(final.parent)
-    return final
+    sync_file(run_dir)
+    with contextlib.suppress(OSError):  # the folder of all runs, which may be somebody else's
+        sync_file(run_dir.parent)
+
+
+def restore_replaced(run_dir: Path) -> list[str]:
+    """Undo the first half of a replacement whose second half a kill has prevented.
+
+    Returns:
+        What a reader of the log should know.
+    """
+    notes = []
+    for folder in leftovers(run_dir):
+        final = folder.with_name(folder.name.removeprefix(".").split(".")[0])
+        if folder.name.endswith(f".{REPLACED}.tmp") and not final.exists():
+            os.rename(folder, final)
+            notes.append(f"{final}: restored; the run was killed while replacing it")
+    return notes
 
 
 def remove(run_dir: Path, step: int) -> None:
     """Delete one checkpoint so that a kill leaves nothing that looks like one."""
+    discard(run_dir, step, checkpoint_path(run_dir, step))
+
+
+def discard(run_dir: Path, step: int, folder: Path) -> None:
+    """Delete a folder, having renamed it, so that nobody still at work can publish what is left."""
     removed = unfinished_path(run_dir, step, f"removed-{time.time_ns()}")
-    os.rename(checkpoint_path(run_dir, step), removed)
+    os.rename(folder, removed)
     shutil.rmtree(removed)
 
 

@@ -18,9 +18,12 @@ from typing import Any
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent() -> None:
-    """In a forked process on Linux: be killed when the parent dies, however it dies."""
-    parent = os.getppid()
+def end_with(parent: int) -> None:
+    """In a forked process on Linux: be killed when the parent dies, however it dies.
+
+    Args:
+        parent: its process id, taken before the fork.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was faster
         os.kill(os.getpid(), signal.SIGKILL)

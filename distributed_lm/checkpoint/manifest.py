@@ -14,6 +14,9 @@ from pathlib import Path
 from distributed_lm.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STATE_FILE = "state.json"
+# Without these no folder is a checkpoint, whatever its manifest lists.
+ALWAYS_THERE = (STATE_FILE, ".metadata", "metadata.json")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -34,24 +37,31 @@ class FileRecord:
         return cls(size, digest.hexdigest())
 
 
-def write_manifest(folder: Path, step: int, records: dict[str, FileRecord]) -> None:
-    """Hash what is not in ``records`` yet, and write all of it, on disk when this returns."""
+def write_manifest(
+    folder: Path, step: int, records: dict[str, FileRecord], save: str | None = None
+) -> None:
+    """Hash what is not in ``records`` yet, and write all of it, on disk when this returns.
+
+    Args:
+        save: token of this save, which ``state.json`` has too.
+    """
     for path in sorted(folder.iterdir()):
         if path.name not in records and path.name != MANIFEST:
             records[path.name] = FileRecord.of(path)
             sync_file(path)
     files = {name: vars(records[name]) for name in sorted(records)}
-    write_synced(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+    content = {"step": step, "save": save, "files": files}
+    write_synced(folder / MANIFEST, json.dumps(content, indent=1))
     sync_file(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """Raises CheckpointError if there is none that can be read for this step."""
+    """Raises CheckpointError if there is none that can be read for this step of this run."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         records = {name: FileRecord(**record) for name, record in content["files"].items()}
-        step = int(content["step"])
+        step, save = int(content["step"]), content.get("save")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; a checkpoint without it is not whole") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -60,7 +70,24 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{path}: is the manifest of step {step}, not of {folder.name}")
     if any(Path(name).name != name for name in records):
         raise CheckpointError(f"{path}: names files outside its folder")
+    for name in ALWAYS_THERE:
+        if name not in records:
+            raise CheckpointError(f"{path}: damaged: does not list {name}")
+    _check_same_save(folder, save)
     return records
+
+
+def _check_same_save(folder: Path, save: str | None) -> None:
+    """A manifest of the same step of another run would only say that every file is damaged."""
+    try:
+        own = json.loads((folder / STATE_FILE).read_text(encoding="utf-8")).get("save")
+    except (OSError, ValueError, AttributeError):
+        return  # its hash will say so
+    if own != save:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: is the manifest of another save ({save}) than {STATE_FILE} "
+            f"({own}): of another run, or of another life of this one"
+        )
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -158,7 +158,7 @@ def report(
         DrillError: naming what did not pass.
     """
     table = Table(title="kills", title_justify="left")
-    for column in ("kill", "rank", "at step", "resumed on", "lost steps", "recovery", "result"):
+    for column in ("kill", "ranks", "at step", "resumed on", "lost steps", "recovery", "result"):
         justify: JustifyMethod = "left" if column in ("resumed on", "result") else "right"
         table.add_column(column, justify=justify, overflow="fold")
     failed = []
@@ -166,8 +166,9 @@ def report(
         result = judge_kill(kill, allowed_steps)
         if result != "passed":
             failed.append(f"kill {number}: {result}")
+        ranks = ", ".join(map(str, kill.ranks)) or "-"
         table.add_row(
-            str(number), _shown(kill.rank), _shown(kill.step), kill.layout or "same",
+            str(number), ranks, _shown(kill.step), kill.layout or "same",
             _shown(kill.lost_steps), _seconds(kill.recovery_seconds), result,
         )  # fmt: skip
     console.print(table)

@@ -3,6 +3,7 @@
 The watcher sees what a user sees: the lines of ``metrics.jsonl`` and the processes in ``/proc``.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -27,7 +28,7 @@ class Kill:
 
     layout: str
     """Overrides the run was resumed with; empty = the same layout."""
-    rank: int | None = None
+    ranks: tuple[int, ...] = ()
     killed_at: float | None = None
     """Seconds since the epoch."""
     step: int | None = None
@@ -82,26 +83,25 @@ class Life:
                 return False
             time.sleep(POLL_SECONDS)
 
-    def kill_one_rank(self, chance: random.Random) -> tuple[int, float] | None:
-        """SIGKILL a rank, and let the launcher end the others.
+    def kill(self, chance: random.Random) -> tuple[tuple[int, ...], float] | None:
+        """SIGKILL one rank, and let the launcher end the others; or all of them, as a node's power
+        cut does.
 
         Returns:
-            The rank and when; None if the run had finished.
+            The ranks and when; None if the run had finished.
         """
         ranks = rank_processes(self._launcher.pid)
         if not ranks:
             self.finish()
             return None
-        rank = chance.choice(sorted(ranks))
+        victims = sorted(ranks) if chance.random() < 0.5 else [chance.choice(sorted(ranks))]
         killed_at = time.time()
-        try:
-            os.kill(ranks[rank], signal.SIGKILL)
-        except ProcessLookupError:
-            self.finish()
-            return None
+        for rank in victims:
+            with contextlib.suppress(ProcessLookupError):  # it has just finished
+                os.kill(ranks[rank], signal.SIGKILL)
         return_code = self._launcher.wait()
         self._read()
-        return None if return_code == 0 else (rank, killed_at)
+        return None if return_code == 0 else (tuple(victims), killed_at)
 
     def finish(self) -> None:
         """Wait for the end of the run.
@@ -181,7 +181,7 @@ def _kill_and_resume(
             hit = None
             if life.reach(int(moment)):
                 time.sleep((moment % 1.0) * step_seconds)
-                hit = life.kill_one_rank(chance)
+                hit = life.kill(chance)
         if hit is None:
             return
         kills.append(Kill(layout, *hit, step=life.steps[-1][0]))

@@ -1,5 +1,6 @@
 """A whole training state to and from a checkpoint."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def begin_snapshot(
         "versions": platform.describe_environment(),
     }
     blocks = weight_blocks(engine) + optimizer_blocks(engine) + _random_blocks(engine.groups)
-    return store.Save(run_dir, step, blocks, content, engine.groups)
+    timeout_seconds = engine.config.checkpoint.save_timeout_seconds
+    return store.Save(run_dir, step, blocks, content, engine.groups, timeout_seconds)
 
 
 def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str, Any]:
@@ -66,8 +68,13 @@ def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str,
     set_loss_scale_state(engine, state["loss_scale"])
     if not _continue_random_states(engine, run_dir, step, state["layout"]):
         # None to continue on this grid or device: new ones, which depend on seed and step alone.
-        seed_random_states(engine.config.seed + step, engine.groups)
+        seed_random_states(_seed_after(engine.config.seed, step), engine.groups)
     return state
+
+
+def _seed_after(seed: int, step: int) -> int:
+    """A seed like no other run's: seed + step would be that of seed + 1 one step earlier."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "big")
 
 
 def _continue_random_states(engine: TrainingEngine, run_dir: Path, step: int, layout: str) -> bool:

@@ -64,8 +64,8 @@ class FakeLife(contextlib.nullcontext["FakeLife"]):
         self.steps += [(number, 100.0 + number) for number in range(self.first, last + 1)]
         return last < self.stop
 
-    def kill_one_rank(self, chance: random.Random) -> tuple[int, float]:
-        return 0, 100.0
+    def kill(self, chance: random.Random) -> tuple[tuple[int, ...], float]:
+        return (0,), 100.0
 
     def finish(self) -> None:
         self.reach(self.stop)
@@ -204,8 +204,8 @@ def test_report_names_what_did_not_pass(capsys: pytest.CaptureFixture[str]) -> N
     from rich.console import Console
 
     kills = [
-        Kill("", rank=0, killed_at=1.0, step=7, lost_steps=2, recovery_seconds=9.5),
-        Kill("", rank=1, killed_at=2.0, step=17, lost_steps=7, recovery_seconds=9.5),
+        Kill("", ranks=(0,), killed_at=1.0, step=7, lost_steps=2, recovery_seconds=9.5),
+        Kill("", ranks=(1,), killed_at=2.0, step=17, lost_steps=7, recovery_seconds=9.5),
         Kill("parallel.tensor=2"),
     ]
     verdicts = [Verdict("loss", True, "equal"), Verdict("first moments", False, "differ")]
