@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from distributed_lm.config import RunConfig
 from distributed_lm.tracking.console import Console
 from distributed_lm.tracking.metrics_file import MetricsFile
-from distributed_lm.tracking.wandb_run import start_wandb_run
+from distributed_lm.tracking.online import start_wandb_run
 
 
 class Tracker(Protocol):

@@ -1,5 +1,6 @@
 """``metrics.jsonl``: one JSON object per line, whole lines only, whatever kills the run."""
 
+import contextlib
 import json
 import math
 import os
@@ -74,6 +75,34 @@ def encode(record: Mapping[str, Any]) -> str:
         if plain[name] is None and value is not None:
             plain[f"{name}_text"] = str(float(value))
     return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
+def decode(line: str | bytes) -> dict[str, Any]:
+    """The record of a line that ``encode`` made, with its NaNs and infinities.
+
+    Raises:
+        ValueError: if the line is no record.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or "kind" not in record:
+        raise ValueError(f"not a record: {line!r}")
+    for name in [name for name, value in record.items() if value is None]:
+        if f"{name}_text" in record:
+            record[name] = float(record.pop(f"{name}_text"))
+    return record
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, of all lives; none if there is no file. Torn lines are left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append(decode(line))
+    return records
 
 
 def repair_last_line(path: Path) -> None:

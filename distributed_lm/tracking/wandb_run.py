@@ -1,110 +1,172 @@
-"""The W&B run of a run folder. Nothing that goes wrong with W&B stops training."""
+"""A run at W&B, by W&B's own client: the only file that imports it."""
 
+import contextlib
 import hashlib
-import numbers
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from distributed_lm.config import RunConfig
+from distributed_lm.errors import UserError
+from distributed_lm.tracking.points import Points
 
 INIT_TIMEOUT_SECONDS = 30
 # At the end W&B uploads what is left; a lost connection must not hold a cluster's nodes for hours.
-# What was not uploaded stays in the run folder, for `wandb sync`.
 FINISH_TIMEOUT_SECONDS = 300
+# A sync has seen its points arrive by then.
+SYNC_FINISH_TIMEOUT_SECONDS = 20
+# Whole ones; the client's own pace is 15 s.
+SYNC_TRANSMIT_SECONDS = 1
+QUERY_TIMEOUT_SECONDS = 30
 RUN_ID_FILE = "wandb_run_id"
 
-Say = Callable[[str], None]
-Mode = Literal["online", "offline"]
+
+class WandbError(UserError):
+    """W&B cannot be reached, or did not take what it was sent."""
+
+    exit_code = 1
 
 
 class WandbRun:
-    """Sends records to W&B, against the step axis; stops sending when W&B fails."""
+    """One session with the W&B run of a run folder, which has as many as the run has lives."""
 
-    def __init__(self, run: Any, say: Say) -> None:
+    def __init__(self, run: Any) -> None:
+        self.url: str = run.url
+        self.num_points: int = run.starting_step
+        """Points that W&B had when the session began."""
         self._run = run
-        self._say = say
-        # W&B's own step can only rise, and a resumed run goes back: plot against ours.
+        self._stored: Any = None
+        self._num_starts = 0
+        # W&B's own step counts points: plot against ours.
         run.define_metric("step")
         for kind in ("train", "evaluation", "event"):
             run.define_metric(f"{kind}/*", step_metric="step")
 
-    def log(self, kind: str, values: Mapping[str, Any]) -> None:
-        metrics = wandb_metrics(kind, values)
-        if self._run is None or not metrics:
-            return
-        try:
-            self._run.log({"step": values.get("step", 0), **metrics})
-            if "data_digest" in values:  # a text: W&B shows the newest, not a curve
-                self._run.summary["data_digest"] = values["data_digest"]
-        except Exception as error:  # whatever it is, training goes on
-            self._give_up("log", error)
+    def send(self, config: RunConfig, points: Points) -> int:
+        """Hand over the points that W&B has not got, and how the run is described now.
 
-    def finish(self, exit_code: int = 0) -> None:
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up("finish", error)
+        The client uploads them in its own time, and tries again for hours if it must.
 
-    def _give_up(self, action: str, error: Exception) -> None:
-        self._run = None
-        self._say(f"W&B: {action} failed ({_cause(error)}); metrics.jsonl goes on without it")
+        Returns:
+            How many they were.
+
+        Raises:
+            WandbError: if the client fails, or W&B has points that the file does not know.
+        """
+        if self.num_points > points.total:
+            raise WandbError(
+                f"W&B has {self.num_points} points of this run and metrics.jsonl only "
+                f"{points.total}: if the file was cut or replaced, delete {RUN_ID_FILE} beside it "
+                "to begin a new W&B run"
+            )
+        before = points.sent
+        with _naming_failures("log"):
+            for number, row in points.take():
+                self._run.log(row, step=number, commit=True)
+            if points.sent > before and points.data_digest is not None:
+                # A text: W&B shows the newest, not a curve.
+                self._run.summary["data_digest"] = points.data_digest
+            if len(points.starts) > self._num_starts:
+                self._num_starts = len(points.starts)
+                described = describe(config, points.details, points.lives)
+                self._run.config.update(described, allow_val_change=True)
+        return points.sent - before
+
+    def count_stored(self) -> int:
+        """How many points W&B's server has.
+
+        Raises:
+            WandbError: if it does not say.
+        """
+        with _naming_failures("query"):
+            if self._stored is None:
+                import wandb
+
+                self._stored = wandb.Api(timeout=QUERY_TIMEOUT_SECONDS).run(self._run.path)
+            last: int = self._stored.lastHistoryStep  # asks the server each time
+        return last + 1
+
+    def finish(self, exit_code: int, will_go_on: bool = False) -> None:
+        """Upload what is left and end the session. Idempotent.
+
+        Args:
+            exit_code: 0 shows the run as finished, anything else as failed.
+            will_go_on: the run has not ended: shown as preempted.
+
+        Raises:
+            WandbError: if it takes too long.
+        """
+        with _naming_failures("finish"):
+            if will_go_on:
+                self._run.mark_preempting()
+            self._run.finish(exit_code=exit_code or int(will_go_on))
 
 
-def start_wandb_run(config: RunConfig, details: Mapping[str, Any], say: Say) -> WandbRun | None:
-    """Begin or continue the W&B run of the run folder; None where W&B is off or fails.
+def connect(
+    config: RunConfig,
+    run_dir: Path,
+    details: Mapping[str, Any],
+    folder: Path,
+    is_training: bool,
+) -> WandbRun:
+    """Begin or continue the W&B run of a run folder.
 
     Args:
         details: shown beside the config.
-        say: prints one line for the user.
+        folder: where the client keeps its own files.
+        is_training: False if this process and machine are not the run's and nothing about them
+            should be recorded.
+
+    Raises:
+        WandbError: no network, a bad key, no disk.
     """
-    if config.tracking.wandb == "disabled":
-        return None
     try:
-        for mode in modes_to_try(config.tracking.wandb):
-            run = _start(config, details, mode, say)
-            if run is not None:
-                return run
-    except Exception as error:  # a broken installation or settings file
-        say(f"W&B: start failed ({_cause(error)}); metrics.jsonl goes on without it")
-    return None
+        with _naming_failures("start"):
+            import wandb  # 2 s, and only one process needs it
+
+            run = wandb.init(
+                project=config.tracking.project,
+                entity=config.tracking.entity,
+                name=config.name,
+                id=run_id(run_dir),
+                resume="allow",
+                dir=str(folder.resolve()),
+                config=describe(config, details, ()),
+                mode="online",
+                settings=wandb.Settings(
+                    # Its own output would tear the progress line; what matters we say ourselves.
+                    silent=True,
+                    console="off",
+                    init_timeout=INIT_TIMEOUT_SECONDS,
+                    finish_timeout_raises=True,
+                    **(_settings_of_training() if is_training else _settings_of_a_sync()),
+                ),
+            )
+            return WandbRun(run)
+    except WandbError:
+        disconnect()
+        raise
 
 
-def modes_to_try(wanted: str) -> tuple[Mode, ...]:
-    """``online``, ``offline``, or the second after the first; empty = nothing.
+def disconnect() -> None:
+    """End W&B's service, which holds on to the id of a run whose session failed."""
+    import wandb
 
-    ``auto`` follows the user's own ``WANDB_MODE``, else is online where W&B would find a key: in
-    ``WANDB_API_KEY``, an identity token file, W&B's settings or netrc. It never asks for one.
-    Compute nodes often have the key and no way out, hence the second try.
-    """
-    if wanted != "auto":
-        return (cast(Mode, wanted),)
-    chosen = os.environ.get("WANDB_MODE")
-    if chosen == "disabled":
-        return ()
-    if chosen in ("online", "offline"):
-        return (cast(Mode, chosen),)
-    return ("online", "offline") if _has_credentials() else ("offline",)
+    # If the service has died, ending it fails too, and W&B wants to exit with its code.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
-def _start(config: RunConfig, details: Mapping[str, Any], mode: Mode, say: Say) -> WandbRun | None:
-    try:
-        run = _init(config, details, mode)
-        started = WandbRun(run, say)
-    except Exception as error:  # no network, a bad key, no disk: none is worth the run
-        say(f"W&B: {mode} start failed ({_cause(error)})")
-        _forget_half_started_run()
-        return None
-    if mode == "online":
-        say(f"W&B: {run.url}")
-    else:
-        say(f"W&B: offline; send it later with: wandb sync {config.run_dir}/wandb/offline-run-*")
-    return started
+def describe(
+    config: RunConfig, details: Mapping[str, Any], lives: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What W&B calls the config of a run. What is not known is left as W&B has it."""
+    more = {"details": dict(details), "slurm": [dict(life) for life in lives]}
+    known = {name: value for name, value in more.items() if value}
+    return {**config.model_dump(mode="json"), **known}
 
 
 def run_id(run_dir: Path) -> str:
@@ -124,60 +186,59 @@ def run_id(run_dir: Path) -> str:
     return made
 
 
-def wandb_metrics(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A record under W&B names: ``train/loss``, ``evaluation/valid/L128/loss``, ``event/resume``.
+def has_credentials() -> bool:
+    """Whether W&B would find a key: in ``WANDB_API_KEY``, an identity token file, its settings or
+    netrc. It never asks for one."""
+    import wandb
 
-    Only numbers go there; the rest is in ``metrics.jsonl``.
-    """
-    if kind == "event":
-        return {f"event/{values['event']}": 1}
-    prefix, axes = kind, {"step"}
-    if kind == "evaluation":
-        prefix = f"evaluation/{values['split']}/L{values['length']}"
-        axes |= {"length"}
-        if values["protocol"] != "nonoverlapping":
-            prefix += f"/{values['protocol']}"
+    # Login nodes may have WANDB_MODE=offline for the sake of jobs; then no key is found.
+    wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+    return wandb.login(prompt=False, verify=False)
+
+
+def wished_mode() -> str | None:
+    """The user's own ``WANDB_MODE``."""
+    return os.environ.get("WANDB_MODE")
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for the client's files that is removed afterwards, with all that W&B puts there."""
+    known = os.environ.get("WANDB_DIR")
+    with tempfile.TemporaryDirectory(prefix="wandb-sync-", ignore_cleanup_errors=True) as folder:
+        os.environ["WANDB_DIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("WANDB_DIR")
+            if known is not None:
+                os.environ["WANDB_DIR"] = known
+
+
+def _settings_of_training() -> dict[str, Any]:
+    return {"finish_timeout": FINISH_TIMEOUT_SECONDS}
+
+
+def _settings_of_a_sync() -> dict[str, Any]:
+    """Be quick, and record nothing of this machine, which is not the run's."""
     return {
-        f"{prefix}/{name}": value
-        for name, value in values.items()
-        if name not in axes and isinstance(value, numbers.Real)
+        "finish_timeout": SYNC_FINISH_TIMEOUT_SECONDS,
+        "x_file_stream_transmit_interval": SYNC_TRANSMIT_SECONDS,
+        "x_disable_stats": True,
+        "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,
+        "disable_git": True,
+        "disable_code": True,
     }
 
 
-def _init(config: RunConfig, details: Mapping[str, Any], mode: Mode) -> Any:
-    import wandb  # 2 s, and only one rank needs it
-
-    return wandb.init(
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        name=config.name,
-        id=run_id(config.run_dir),
-        resume="allow",
-        dir=str(config.run_dir.resolve()),
-        config={**config.model_dump(mode="json"), "details": dict(details)},
-        mode=mode,
-        settings=wandb.Settings(
-            # Its own output would tear the progress line; what matters we say ourselves.
-            silent=True,
-            console="off",
-            init_timeout=INIT_TIMEOUT_SECONDS,
-            finish_timeout=FINISH_TIMEOUT_SECONDS,
-        ),
-    )
-
-
-def _forget_half_started_run() -> None:
-    """End W&B's service: it holds on to the id of a run whose start failed."""
-    import wandb
-
-    wandb.teardown()
-
-
-def _has_credentials() -> bool:
-    import wandb
-
-    wandb.setup(settings=wandb.Settings(silent=True))
-    return wandb.login(prompt=False, verify=False)
+@contextlib.contextmanager
+def _naming_failures(action: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, the run and its record go on
+        raise WandbError(f"{action} failed ({_cause(error)})") from None
 
 
 def _cause(error: Exception) -> str:
