@@ -14,7 +14,7 @@ import typer
 from distributed_lm.checkpoints import Action
 from distributed_lm.checkpoints import checkpoints as show_checkpoints
 from distributed_lm.config import load_config
-from distributed_lm.errors import ConfigError, UserError
+from distributed_lm.errors import ConfigError, Stopped, UserError
 from distributed_lm.ledger import ledger as compare_ledgers
 from distributed_lm.prepare_data import merge_data, prepare_data
 
@@ -157,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake is one sentence; Ctrl-C is exit code 130."""
     try:
         app(None if arguments is None else list(arguments), prog_name="distributed-lm")
+    except Stopped as stop:
+        typer.echo(str(stop), err=True)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

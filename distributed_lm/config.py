@@ -231,10 +231,20 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; 0 = all. The newest is never deleted."""
     keep_every: CountOrOff = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 = none."""
+    save_timeout_seconds: Count = 1800
+    """A save that takes longer than this has failed: its file system hangs."""
     max_failed_saves: Count = 3
     """Failed saves in a row after which the run stops; until then it goes on and tries again."""
     resume: bool = True
     """Continue from the newest checkpoint in the run folder; off = refuse to start over it."""
+
+
+class SupervisionConfig(Section):
+    hang_timeout_seconds: Count = 600
+    """Under Slurm: a run in which no rank takes a step for this long (or for twenty steps' time,
+    if that is longer) hangs, and is started again."""
+    max_restarts_without_progress: CountOrOff = 3
+    """Restarts in a row without a new checkpoint after which the run stops."""
 
 
 class RunConfig(Section):
@@ -260,6 +270,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -35,3 +35,9 @@ class TrainingError(UserError):
     """Training stopped by itself: non-finite loss, out of memory."""
 
     exit_code = 1
+
+
+class Stopped(UserError):
+    """Not an error: the run stopped as it was asked to, and everything is saved."""
+
+    exit_code = 0

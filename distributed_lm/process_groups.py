@@ -32,6 +32,14 @@ class Process:
     local_rank: int
     job: str | None = None
     """The batch system's job id."""
+    restart: int = 0
+    """How often the batch system has started the job again."""
+    attempt: int = 0
+    """How often the ranks were started since."""
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes of a batch job."""
+    supervisor: str | None = None
+    """``HOST:PORT:TOKEN`` of the supervisor in the batch script."""
 
     @classmethod
     def from_environment(cls) -> "Process":
@@ -45,6 +53,10 @@ class Process:
                 world_size=int(os.environ.setdefault("WORLD_SIZE", "1")),
                 local_rank=int(os.environ.setdefault("LOCAL_RANK", "0")),
                 job=os.environ.get("SLURM_JOB_ID"),
+                restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+                attempt=int(os.environ.get("DISTRIBUTED_LM_ATTEMPT", "0")),
+                nodes=tuple(filter(None, os.environ.get("DISTRIBUTED_LM_NODES", "").split(","))),
+                supervisor=os.environ.get("DISTRIBUTED_LM_SUPERVISOR"),
             )
         except ValueError as error:
             raise ConfigError(

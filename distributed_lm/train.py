@@ -1,6 +1,7 @@
 """``distributed-lm train``: from a config to a trained, evaluated and saved run."""
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -8,19 +9,22 @@ from dataclasses import asdict
 from rich.console import Console
 
 from distributed_lm import platform, process_groups
-from distributed_lm.checkpoint.folders import leftovers, prune
+from distributed_lm.checkpoint.folders import leftovers, prune, read_state, restore_replaced
 from distributed_lm.checkpoint.store import newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData, build_index_caches, check_shared_cache
 from distributed_lm.data.ledger import genesis
+from distributed_lm.errors import Stopped
 from distributed_lm.evaluation.perplexity import nonoverlapping_perplexity
 from distributed_lm.evaluation.results import write_result
 from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.proof import Proof, prove_positions
+from distributed_lm.pipeline import Microbatch
 from distributed_lm.preflight import Preflight, check_continues, preflight
 from distributed_lm.process_groups import Process, ProcessGroups
-from distributed_lm.run_lock import run_lock
+from distributed_lm.run_lock import Life, RunLock, run_lock
+from distributed_lm.supervision import StopEvaluation, Supervision, supervision
 from distributed_lm.tracking import Tracker, open_tracker
 from distributed_lm.training.engine import TrainingEngine, explain_out_of_memory
 from distributed_lm.training.loop import Progress, TrainingLoop, restore_progress
@@ -35,23 +39,42 @@ def train(config: RunConfig) -> None:
         UserError: before anything on disk has changed if the config is at fault.
     """
     process = Process.from_environment()
+    supervised = supervision(process.supervisor, process.rank)
     found = preflight(config, process.world_size)
     is_first = process.rank == 0
-    with run_lock(config.run_dir, process.job) if is_first else nullcontext() as taken_over:
+    life = Life(process.job, process.restart, process.attempt)
+    with run_lock(config.run_dir, life) if is_first else nullcontext() as lock:
+        notes = []
+        if lock is not None:
+            notes = [lock.taken_over] if lock.taken_over else []
+            notes += restore_replaced(config.run_dir)
         build_index_caches(config)
         with process_groups.joined(config, process, found.layout) as groups:
             first_step, damaged = newest_verified(config.run_dir, groups)
-            notes = [taken_over] if taken_over else []
             if is_first:
                 notes += _tidy(config, first_step, damaged)
-            if first_step < config.train.steps:
-                _train(config, groups, found, first_step, notes)
-            elif is_first:
-                _say_finished(config, first_step)
+            if _is_finished(config, first_step):
+                if is_first:
+                    _say_finished(config, first_step)
+            else:
+                _train(config, groups, found, first_step, notes, supervised, lock)
+    supervised.leave("finished")
+
+
+def _is_finished(config: RunConfig, step: int) -> bool:
+    if step < config.train.steps:
+        return False
+    return not read_state(config.run_dir, step).get("validation_due", False)
 
 
 def _train(
-    config: RunConfig, groups: ProcessGroups, found: Preflight, first_step: int, notes: list[str]
+    config: RunConfig,
+    groups: ProcessGroups,
+    found: Preflight,
+    first_step: int,
+    notes: list[str],
+    supervised: Supervision,
+    lock: RunLock | None,
 ) -> None:
     data = TrainingData(config)
     engine = _build_engine(config, found.vocab_size, groups)
@@ -68,9 +91,15 @@ def _train(
     exit_code = 1
     try:
         _announce(config, tracker, groups, details, progress, notes)
-        validate = _validator(config, engine, found, tracker)
-        TrainingLoop(config, engine, data, tracker, throughput, progress, validate).run()
+        validate = _validator(config, engine, found, tracker, supervised)
+        TrainingLoop(
+            config, engine, data, tracker, throughput, progress, validate, supervised, lock
+        ).run()
         exit_code = 0
+    except Stopped:
+        exit_code = 0
+        supervised.leave("stopped")
+        raise
     finally:
         tracker.finish(exit_code)
 
@@ -88,7 +117,8 @@ def _tidy(config: RunConfig, newest_whole: int, damaged: list[str]) -> list[str]
     notes = [f"{problem}; using the one before" for problem in damaged]
     for folder in leftovers(config.run_dir):
         shutil.rmtree(folder, ignore_errors=True)
-        notes.append(f"{folder}: an unfinished save, removed")
+        fate = "cannot be removed" if folder.exists() else "removed"
+        notes.append(f"{folder}: an unfinished save, {fate}")
     return notes + prune(config, newest_whole)
 
 
@@ -111,16 +141,27 @@ def _say_finished(config: RunConfig, step: int) -> None:
 
 
 def _validator(
-    config: RunConfig, engine: TrainingEngine, found: Preflight, tracker: Tracker
+    config: RunConfig,
+    engine: TrainingEngine,
+    found: Preflight,
+    tracker: Tracker,
+    supervised: Supervision,
 ) -> Callable[[int], None]:
     """Perplexity at every evaluated length, to the tracker and, at the end, to the run folder."""
 
+    def score(microbatches: list[Microbatch]) -> tuple[float, float]:
+        if supervised.should_stop():
+            raise StopEvaluation
+        return engine.evaluate(microbatches)
+
     def validate(step: int) -> None:
         for length in config.evaluation_lengths:
+            started = time.perf_counter()
             result = nonoverlapping_perplexity(
-                found.stream, length, config.evaluation, engine.groups, engine.evaluate
+                found.stream, length, config.evaluation, engine.groups, score
             )
-            tracker.log("evaluation", {"step": step, **asdict(result)})
+            seconds = {"evaluation_seconds": time.perf_counter() - started}
+            tracker.log("evaluation", {"step": step, **asdict(result), **seconds})
             if step == config.train.steps and engine.groups.is_first_rank:
                 try:
                     write_result(config, step, result, found.data_identity)
@@ -143,6 +184,10 @@ def _details(groups: ProcessGroups, proof: Proof, throughput: Throughput) -> dic
     return {
         "layout": groups.layout.describe(),
         "world_size": groups.layout.world_size,
+        "job": groups.process.job,
+        "restart": groups.process.restart,
+        "attempt": groups.process.attempt,
+        "nodes": list(groups.process.nodes),
         "position_proof": asdict(proof),
         "peak_flops_per_device": throughput.peak,
         "peak_flops_source": throughput.peak_source,

@@ -1,4 +1,4 @@
-"""``python -m launch local CONFIG [key=value ...] [-- arguments of the command]``."""
+"""``python -m launch local CONFIG [key=value ...] [-- arguments of the command]``, and ``sync``."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,12 @@ from typing import Annotated
 import typer
 
 from distributed_lm.errors import UserError
+from launch.cluster import load_cluster
 from launch.local import describe, plan_local, run_plan
+from launch.status import cancel, logs, status
+from launch.submit import Wishes, plan_submission, submit, test_only
+from launch.submit import describe as describe_submission
+from launch.sync import sync
 
 app = typer.Typer(
     help="Start the processes of a run.",
@@ -64,6 +69,57 @@ def local(
         typer.echo(describe(plan))
         return
     raise typer.Exit(run_plan(plan))
+
+
+@app.command()
+def slurm(
+    config: Annotated[Path, typer.Argument(help="Config file.")],
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to change."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that train.")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="D-HH:MM:SS", help="Limit of one job.")
+    ] = None,
+    spare_nodes: Annotated[
+        int, typer.Option(min=0, help="Further nodes, to take the place of sick ones.")
+    ] = 0,
+    chain: Annotated[
+        int, typer.Option(min=0, help="Further jobs that go on, where nodes cannot submit any.")
+    ] = 0,
+    alert: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="Run on a crash, hang or restart loop.")
+    ] = None,
+    mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The same, by mail.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to Slurm; it comes back by itself until it is finished."""
+    wishes = Wishes(nodes, time, spare_nodes, chain, alert, mail)
+    submission = plan_submission(config, overrides or [], load_cluster(cluster), wishes)
+    if dry_run:
+        typer.echo(describe_submission(submission))
+        verdict = test_only(submission)
+        typer.echo(f"# sbatch --test-only: {verdict or 'there is no sbatch here'}")
+        return
+    job_id = submit(submission)
+    run_dir = submission.config.run_dir
+    typer.echo(
+        f"submitted job {job_id}\n"
+        f"log:    {submission.job.log_dir}/slurm-{job_id}.log, then rank_0.log beside it\n"
+        f"watch:  python -m launch status {run_dir}\n"
+        f"cancel: python -m launch cancel {run_dir}"
+    )
+
+
+# They carry their own options and help.
+for command in (status, logs, cancel, sync):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

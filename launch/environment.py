@@ -32,6 +32,15 @@ def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
+def environment_without_slurm() -> dict[str, str]:
+    """For Slurm's commands: variables of a job that we may be in would become the new job's."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"
+    }
+
+
 def threads_per_process(processes: int) -> int:
     """Threads that let ``processes`` share the cores this process may use, without a fight."""
     try:

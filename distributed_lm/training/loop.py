@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from distributed_lm.checkpoint.agreement import SaveError, answering
 from distributed_lm.checkpoint.folders import prune
-from distributed_lm.checkpoint.store import Save, SaveError, newest_verified
+from distributed_lm.checkpoint.store import Save, newest_verified
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData
 from distributed_lm.data.ledger import advance
-from distributed_lm.errors import TrainingError
+from distributed_lm.errors import Stopped, TrainingError
 from distributed_lm.pipeline import split_batch
 from distributed_lm.process_groups import ProcessGroups
+from distributed_lm.run_lock import RunLock
+from distributed_lm.supervision import StopEvaluation, Supervision
 from distributed_lm.tracking import Tracker
 from distributed_lm.training.engine import NonFiniteError, StepResult, TrainingEngine
 from distributed_lm.training.optimizer import learning_rate
@@ -39,6 +42,8 @@ class Progress:
     """Steps' worth of blocks consumed; more than ``step`` after a rewind left some out."""
     recent_losses: list[float] = field(default_factory=list)
     """Yardstick of the spike detector."""
+    validation_due: bool = False
+    """Whether the run was stopped in the middle of validating this step."""
 
 
 class TrainingLoop:
@@ -53,6 +58,8 @@ class TrainingLoop:
         throughput: Throughput,
         progress: Progress,
         validate: Callable[[int], None],
+        supervision: Supervision,
+        lock: RunLock | None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -62,6 +69,9 @@ class TrainingLoop:
         self.throughput = throughput
         self.progress = progress
         self.validate = validate
+        self.supervision = supervision
+        self.lock = lock
+        self.saved_step = progress.step
         self.spikes = SpikeDetector(config.train.spike, progress.recent_losses)
         self.rewinds_in_a_row = 0
         self.failed_saves = 0
@@ -72,8 +82,13 @@ class TrainingLoop:
 
         Raises:
             TrainingError: non-finite loss or out of memory; the last checkpoint stands.
+            Stopped: as the supervisor was asked to; everything is saved.
         """
         steps = self.config.train.steps
+        self.supervision.begin()
+        if self.progress.validation_due:
+            self._validate_and_save()
+        self.supervision.phase("train")
         self.throughput.restart()
         with _profiler(self.config, self.groups, self.progress.step) as advance_profiler:
             while self.progress.step < steps:
@@ -82,10 +97,12 @@ class TrainingLoop:
                 if self.spikes.is_spike(result.loss) and self._handle_spike(result):
                     continue
                 self._record(result)
-                if self.save is not None and self.save.is_written():
+                if self.save is not None and not self.save.is_writing():
                     self._publish_save()
                 with self.throughput.stopped():
-                    self._validate_and_save(is_last=self.progress.step == steps)
+                    self._validate_and_save()
+                if self.supervision.should_stop() and self.progress.step < steps:
+                    self._stop()
 
     def _step(self) -> StepResult:
         progress, layout = self.progress, self.groups.layout
@@ -132,38 +149,72 @@ class TrainingLoop:
             "data_digest": self.progress.data_digest,
         }
         self.tracker.log("train", values)
+        self.supervision.note(step=step)
 
-    def _validate_and_save(self, is_last: bool) -> None:
-        step = self.progress.step
-        if is_last or _is_due(step, self.config.evaluation.every):
-            self.validate(step)
+    def _validate_and_save(self) -> None:
+        step, progress = self.progress.step, self.progress
+        is_last = step == self.config.train.steps
+        if is_last or progress.validation_due or _is_due(step, self.config.evaluation.every):
+            self._validate(step)
         if is_last or _is_due(step, self.config.checkpoint.save_every):
-            self._save(step, is_last)
+            self._save(step, wait=is_last)
 
-    def _save(self, step: int, is_last: bool) -> None:
-        """Start a save, after the one before has been published. The last one is waited for."""
-        if self.save is not None and not self.save.is_written():
+    def _validate(self, step: int) -> None:
+        self.supervision.phase("evaluate")
+        try:
+            self.validate(step)
+        except StopEvaluation:
+            self.progress.validation_due = True  # the next life begins with it
+            self._stop()
+        self.progress.validation_due = False
+        self.supervision.phase("train")
+
+    def _stop(self) -> None:
+        """Save where the run is, and leave."""
+        step = self.progress.step
+        if self.saved_step != step or self.progress.validation_due:
+            self._save(step, wait=True)
+        else:
+            self._publish_save(is_last=True)
+        self._event("stop", f"stopped as asked; a start of the run goes on from step {step}")
+        raise Stopped(f"stopped as asked at step {step}, which is saved; start the run to go on")
+
+    def _save(self, step: int, wait: bool) -> None:
+        """Start a save, after the one before has been published."""
+        self.supervision.phase("save")
+        self._check_lock()
+        if self.save is not None and self.save.is_writing():
             message = f"the save of step {self.save.step} is still being written: waiting for it"
             self._event("save_wait", message)
         self._publish_save()
         self.progress.recent_losses = list(self.spikes.losses)
-        with self._tolerating_failed_saves(is_last):
+        with self._tolerating_failed_saves(wait):
             self.save = begin_snapshot(
                 self.engine, self.config.run_dir, step, asdict(self.progress)
             )
-        if is_last or not self.config.checkpoint.asynchronous:
-            self._publish_save(is_last)
+            self.saved_step = step
+        if wait or not self.config.checkpoint.asynchronous:
+            self._publish_save(wait)
+        self.supervision.phase("train")
+
+    def _check_lock(self) -> None:
+        """No save into a folder that another run has taken over."""
+        if self.lock is not None:
+            with contextlib.suppress(OSError):  # a mount that hangs, which saving will say
+                answering(self.lock.check)
 
     def _publish_save(self, is_last: bool = False) -> None:
         """Wait for the save that is under way, if any, and give it its name."""
         if self.save is None:
             return
         save, self.save = self.save, None
+        self._check_lock()
         with self._tolerating_failed_saves(is_last):
             seconds = save.finish()
             self.failed_saves = 0
             self.rewinds_in_a_row = 0
             self._event("save", f"checkpoint of step {save.step}", **seconds)
+            self.supervision.note(saved_step=save.step, save_seconds=seconds["save_seconds"])
             if self.groups.is_first_rank:
                 for problem in prune(self.config, save.step):
                     self._event("prune_failed", problem)
@@ -219,7 +270,8 @@ class TrainingLoop:
 
 def restore_progress(state: dict[str, Any]) -> Progress:
     """From a checkpoint's state."""
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    names = Progress.__dataclass_fields__
+    return Progress(**{name: state[name] for name in names if name in state})
 
 
 def _is_due(step: int, interval: int) -> bool:

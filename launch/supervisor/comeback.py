@@ -1,0 +1,128 @@
+"""How a job that must end before its run is finished comes back, and when it must not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+
+from launch.environment import environment_without_slurm
+from launch.supervisor.job import Job
+from launch.supervisor.journal import CANCELLED
+
+COMMAND_SECONDS = 60.0
+ENDING = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+( DUE TO [A-Z ]+)? \*\*\*")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """This job, as Slurm's environment says."""
+
+    job_id: str
+    restart: int
+    nodes: tuple[str, ...]
+    log_start: int = 0
+    """Where this life's part of the job's log begins."""
+    times: dict[str, float] = field(default_factory=dict)
+    """When it was submitted and when it began, in seconds since the epoch, as far as known."""
+
+    @property
+    def life(self) -> str:
+        return f"{self.job_id}.{self.restart}"
+
+
+def was_cancelled(job: Job, allocation: Allocation) -> bool:
+    """Whether a user has cancelled the job: with ``launch cancel``, or with ``scancel``."""
+    if (job.slurm_dir / CANCELLED).exists():
+        return True
+    return slurms_reason(job, allocation) == "scancel"
+
+
+def slurms_reason(job: Job, allocation: Allocation) -> str | None:
+    """Why Slurm ends the job, if it does: ``preemption``, ``time limit`` …, or ``scancel``.
+
+    Its state is only COMPLETING until the end, whatever the reason, but slurmstepd writes into
+    the job's own log: ``*** JOB 13 ON node1 CANCELLED AT 2026-11-22T16:52:00 DUE TO PREEMPTION``.
+    """
+    path = job.log_dir / f"slurm-{allocation.job_id}.log"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    said = ENDING.findall(text[allocation.log_start :])
+    if not said:
+        return None
+    return said[-1].strip().lower().removeprefix("due to ") or "scancel"
+
+
+def requeues_by_itself(job: Job, allocation: Allocation) -> bool:
+    """Whether Slurm has put the job, which it preempts, back into the queue.
+
+    Of a job that it has killed instead it notes when; without scontrol the cluster file says.
+    """
+    if shutil.which("scontrol") is None:
+        return job.preemption_requeues
+    return job_field(allocation, "PreemptTime") in ("", "None")
+
+
+def job_field(allocation: Allocation, name: str) -> str:
+    """Of ``scontrol show job``; empty where that cannot be asked."""
+    if shutil.which("scontrol") is None:
+        return ""
+    shown = _run(["scontrol", "--oneliner", "show", "job", allocation.job_id])
+    if shown is None or shown.returncode != 0:
+        return ""
+    for word in shown.stdout.split():
+        key, _, value = word.partition("=")
+        if key == name:
+            return value
+    return ""
+
+
+def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> str:
+    """Have Slurm run this job again, on other nodes than ``excluded``.
+
+    Returns:
+        How: a sentence for the journal. It begins with "cannot" if there is no way.
+    """
+    if job.is_chained and not excluded:
+        return "the next job of the chain goes on"
+    if not excluded and shutil.which("scontrol"):
+        asked = _run(["scontrol", "requeue", allocation.job_id])
+        if asked is not None and asked.returncode == 0:
+            return f"requeued job {allocation.job_id}"
+    if shutil.which("sbatch"):
+        return _resubmit(job, excluded)
+    if job.is_chained:
+        return "the next job of the chain goes on"
+    return (
+        "cannot come back: this node has neither scontrol nor sbatch; submit again, or launch with "
+        "--chain next time"
+    )
+
+
+def _resubmit(job: Job, excluded: list[str]) -> str:
+    options = [f"--exclude={','.join(excluded)}"] if excluded else []
+    submitted = _run(["sbatch", "--parsable", *options, *job.sbatch])
+    if submitted is None or submitted.returncode != 0:
+        reason = "no answer" if submitted is None else submitted.stderr.strip()
+        return f"cannot come back: sbatch said: {reason}"
+    job_id = submitted.stdout.strip().split(";")[0]
+    without = f" without {', '.join(excluded)}" if excluded else ""
+    return f"submitted job {job_id}{without}"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """None if the command does not answer: a controller that restarts."""
+    try:
+        return subprocess.run(
+            command,
+            env=environment_without_slurm(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None

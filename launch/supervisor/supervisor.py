@@ -1,0 +1,285 @@
+"""Watches over one life of a job: starts the ranks, brings them to a stop in time, starts them
+again after a crash or a hang, and has the job come back until the run is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from launch.failure import report
+from launch.supervisor import alerts, health
+from launch.supervisor.comeback import (
+    Allocation,
+    come_back,
+    requeues_by_itself,
+    slurms_reason,
+    was_cancelled,
+)
+from launch.supervisor.coordinator import Coordinator
+from launch.supervisor.job import Job
+from launch.supervisor.journal import Journal, is_finished, newest_step
+from launch.supervisor.step import Step, srun_command, task_environment
+
+# EX_TEMPFAIL of sysexits.h: stopped in time, saved, and to be continued.
+EXIT_STOPPED = 75
+EXIT_USER_ERROR = 2
+LOOK_SECONDS = 0.5
+# A rank that is this much slower than the median rank is named.
+STRAGGLER_RATIO = 1.3
+STRAGGLER_SECONDS = 300.0
+# What Slurm gets to end a job that it has been asked to requeue.
+REQUEUE_SECONDS = 120.0
+FIRST_PORT, PORTS = 20000, 20000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step of ranks ended."""
+
+    kind: str
+    """``finished``, ``stopped``, ``mistake``, ``crash`` or ``hang``."""
+    code: int
+    message: str
+
+
+class Supervisor:
+    """One per life of a job."""
+
+    def __init__(self, job: Job, allocation: Allocation) -> None:
+        self.job = job
+        self.allocation = allocation
+        self.journal = Journal(job.slurm_dir, job=allocation.job_id, restart=allocation.restart)
+        self.coordinator = Coordinator()
+        self.port = 0
+        self.started = time.monotonic()
+        self.attempts = 0
+        self.stop_reason: str | None = None
+        self.stop_asked = asyncio.Event()
+
+    async def run(self) -> int:
+        """Returns the batch script's exit code: that of the training."""
+        job = self.job
+        nodes = list(self.allocation.nodes)
+        self.journal.write("life", f"on {', '.join(nodes)}", nodes=nodes, **self.allocation.times)
+        if self._is_over():
+            return 0
+        self.port = await self.coordinator.start()
+        self._listen()
+        excluded: list[str] = []
+        nodes, sick = await self._healthy_nodes()
+        if sick and len(nodes) < job.nodes:
+            excluded = sick
+            way = await asyncio.to_thread(come_back, job, self.allocation, sick)
+            if not way.startswith("cannot"):
+                return await self._leave(way, EXIT_STOPPED)
+            self.journal.write("note", way)
+        return await self._attempt_until_done(nodes, excluded)
+
+    async def _attempt_until_done(self, nodes: list[str], excluded: list[str]) -> int:
+        while True:
+            chosen = self._choose(nodes)
+            if not chosen:
+                message = f"no legal layout on the healthy nodes: {', '.join(nodes) or 'none'}"
+                return await self._come_back(message, excluded, 1)
+            outcome = await self._attempt(chosen)
+            self.journal.write(outcome.kind, outcome.message, code=outcome.code)
+            if outcome.kind == "finished":
+                return 0
+            if outcome.kind == "mistake":
+                return outcome.code
+            if outcome.kind == "stopped":
+                return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
+            await asyncio.to_thread(alerts.send, self.job, outcome.kind, outcome.message)
+            if self._is_loop():
+                return outcome.code
+            if self.stop_asked.is_set():  # it was to stop, and could not any more
+                return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
+            nodes, sick = await self._healthy_nodes()
+            excluded += [node for node in sick if node not in excluded]
+
+    async def _attempt(self, nodes: list[str]) -> Outcome:
+        """Run the ranks on ``nodes`` until they end, or have to be ended."""
+        job = self.job
+        tasks = len(nodes) * job.tasks_per_node
+        self.attempts += 1
+        token = self.coordinator.open(tasks, self._master_port())
+        output = str(job.log_dir / "rank_%t.log")
+        command = srun_command(
+            job, nodes, job.tasks_per_node, output, "launch.task", *job.arguments
+        )
+        environment = task_environment(job, self.port, token, nodes)
+        message = f"{tasks} ranks on {', '.join(nodes)}; logs: {job.log_dir}/rank_N.log"
+        self.journal.write("attempt", message, attempt=self.attempts, nodes=nodes)
+        began = time.monotonic()
+        step = await Step.start(command, environment, job.log_dir, tasks)
+        ended = asyncio.ensure_future(step.wait())
+        hang = await self._watch(step, ended)
+        code = await ended
+        return self._judge(step, code, hang, time.monotonic() - began)
+
+    async def _watch(self, step: Step, ended: asyncio.Future[int]) -> str | None:
+        """Until the step has ended. Returns why it was taken to hang, if it was."""
+        next_look_at_speed = time.monotonic() + STRAGGLER_SECONDS
+        told_to_stop = False
+        while not ended.done():
+            await asyncio.wait([ended], timeout=LOOK_SECONDS)
+            self._look_at_the_clock()
+            if self.stop_asked.is_set() and not told_to_stop and not ended.done():
+                told_to_stop = True
+                await self._stop_ranks(step)
+            hang = self.coordinator.hang(self.job.hang_timeout_seconds)
+            if hang is not None and not ended.done():
+                await self.coordinator.dump_stacks()
+                await self.coordinator.end_ranks("taken to hang")
+                await step.end()
+                return hang
+            if time.monotonic() > next_look_at_speed:
+                next_look_at_speed += STRAGGLER_SECONDS
+                self._name_straggler()
+        return None
+
+    async def _stop_ranks(self, step: Step) -> None:
+        reason = self.stop_reason or ""
+        self.journal.write("stopping", reason)
+        if not await self.coordinator.agree_to_stop(reason):
+            self.journal.write("note", "not every rank answers: ending them as they are")
+            await self.coordinator.end_ranks("asked to stop, and some rank does not answer")
+            await step.end()
+
+    def _judge(self, step: Step, code: int, hang: str | None, seconds: float) -> Outcome:
+        said = self.coordinator
+        if said.is_finished and code == 0:
+            return Outcome("finished", 0, f"step {self.job.steps} after {seconds:.0f} s")
+        if hang is not None:
+            return Outcome("hang", 1, hang)
+        if said.is_stopped:
+            return Outcome("stopped", code, f"saved step {newest_step(self._run_dir())}")
+        if self.stop_asked.is_set():
+            return Outcome("stopped", code, "without saving: the ranks ended before they agreed")
+        if code == 0:  # srun lost its tasks without a word
+            return Outcome("crash", 1, "the ranks ended without finishing the run")
+        failure = step.why(code, said.ends, seconds)
+        message, code = report([failure], self.coordinator.expected, seconds)
+        kind = "mistake" if failure.return_code == EXIT_USER_ERROR else "crash"
+        return Outcome(kind, code, message)
+
+    async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
+        if await asyncio.to_thread(was_cancelled, self.job, self.allocation):
+            return await self._leave("cancelled by its user: not coming back", code)
+        if self._is_loop():
+            return code
+        cause = await asyncio.to_thread(slurms_reason, self.job, self.allocation)
+        if cause == "preemption" and await asyncio.to_thread(
+            requeues_by_itself, self.job, self.allocation
+        ):
+            return await self._leave("preempted; Slurm requeues the job by itself", code)
+        way = await asyncio.to_thread(come_back, self.job, self.allocation, excluded)
+        reason = cause or reason
+        return await self._leave(f"{reason}; {way}" if reason else way, code)
+
+    async def _leave(self, way: str, code: int) -> int:
+        self.journal.write("leave", way, code=code)
+        if "requeued" in way:  # Slurm ends this script; to end it ourselves could complete the job
+            await asyncio.sleep(REQUEUE_SECONDS)
+        return code
+
+    def _is_over(self) -> bool:
+        """Whether there is nothing to do any more: the chain's next job finds out here."""
+        if is_finished(self.journal.read()):
+            self.journal.write("leave", "the run is finished")
+            return True
+        if was_cancelled(self.job, self.allocation):
+            self.journal.write("leave", "the run was cancelled")
+            return True
+        return self._is_loop()
+
+    def _is_loop(self) -> bool:
+        """Whether too many attempts in a row have ended without a new checkpoint."""
+        events = self.journal.read()
+        step, count = newest_step(self._run_dir()), 0
+        for event in reversed(events):
+            if event["event"] in ("progress", "launch"):
+                break
+            count += event["event"] in ("crash", "hang")
+        if step > max((event.get("progress", 0) for event in events), default=0):
+            self.journal.write("progress", f"checkpoint of step {step}", progress=step)
+            return False
+        limit = self.job.max_restarts_without_progress
+        if count <= limit:
+            return False
+        message = (
+            f"{count} failures in a row without a new checkpoint; the run stops until it is "
+            f"launched again (max_restarts_without_progress={limit})"
+        )
+        self.journal.write("loop", message)
+        alerts.send(self.job, "loop", message)
+        return True
+
+    async def _healthy_nodes(self) -> tuple[list[str], list[str]]:
+        """Nodes that can be used, and those that failed the check, with the reasons journalled."""
+        nodes = list(self.allocation.nodes)
+        if not self.job.health_check:
+            return nodes, []
+        began = time.monotonic()
+        reports = await health.examine(self.job, self.coordinator, self.port, nodes)
+        sick = {node: problem for node, problem in reports.problems.items() if problem}
+        for node, problem in sick.items():
+            self.journal.write("sick", f"{node}: {problem}", node=node)
+        good = [node for node in nodes if node not in sick]
+        seconds = time.monotonic() - began
+        self.journal.write("health", f"{reports.summary} ({seconds:.1f} s)", seconds=seconds)
+        return good, list(sick)
+
+    def _choose(self, nodes: list[str]) -> list[str]:
+        """As many nodes as the run wants, or the largest number on which it can go on."""
+        for number in self.job.legal_nodes:
+            if number <= min(len(nodes), self.job.nodes):
+                return nodes[:number]
+        return []
+
+    def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        asyncio.ensure_future(self._listen_to_ranks())  # noqa: RUF006 (as long as the loop)
+
+    async def _listen_to_ranks(self) -> None:
+        while True:
+            self._on_signal(await self.coordinator.signals.get())
+
+    def _on_signal(self, name: str) -> None:
+        """Signals come twice and from all sides; the first one counts."""
+        self._ask_to_stop(name)
+
+    def _ask_to_stop(self, reason: str) -> None:
+        if not self.stop_asked.is_set():
+            self.stop_reason = reason
+            self.stop_asked.set()
+
+    def _look_at_the_clock(self) -> None:
+        """Stop in time by ourselves: Slurm looks at time limits, and warns, once in 30 s only."""
+        if self.job.time_seconds is None:
+            return
+        save_seconds = float(self.coordinator.notes.get("save_seconds", 0.0))
+        lead = max(self.job.lead_seconds, 3.0 * save_seconds + 30.0)
+        left = self.job.time_seconds - (time.monotonic() - self.started)
+        if left < lead:
+            self._ask_to_stop(f"the allocation ends in {left:.0f} s")
+
+    def _name_straggler(self) -> None:
+        found = self.coordinator.straggler()
+        if found is not None and found[2] > STRAGGLER_RATIO:
+            rank, host, ratio = found
+            self.journal.write("straggler", f"rank {rank} on {host} takes {ratio:.1f} × the median")
+
+    def _master_port(self) -> int:
+        """Of the ranks' rendezvous: no survivor of an earlier life or attempt listens there."""
+        seed = int(self.allocation.job_id) * 31 + self.allocation.restart * 7 + self.attempts
+        return FIRST_PORT + seed % PORTS
+
+    def _run_dir(self) -> Any:
+        return self.job.slurm_dir.parent

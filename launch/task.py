@@ -1,0 +1,141 @@
+"""``python -m launch.task COMMAND …``: what each task of an srun step runs. It finds out who it is
+and where the ranks meet, and starts the rank. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+SIOCGIFADDR = 0x8915  # linux/sockios.h
+# Of distributed_lm.supervision: the rank has lost its supervisor.
+EXIT_CUT_OFF = 76
+GRACE_SECONDS = 5.0
+
+
+def main() -> None:
+    rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    host = supervisor_host()
+    port = int(os.environ["DISTRIBUTED_LM_SUPERVISOR_PORT"])
+    token = os.environ["DISTRIBUTED_LM_SUPERVISOR_TOKEN"]
+    master, own_address = meet(host, port, token, rank)
+    interface = interface_of(own_address)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=str(tasks_here()),
+        MASTER_ADDR=master["address"],
+        MASTER_PORT=str(master["port"]),
+        DISTRIBUTED_LM_ATTEMPT=os.environ["SLURM_STEP_ID"],
+        DISTRIBUTED_LM_SUPERVISOR=f"{host}:{port}:{token}",
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_task()))
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    print(  # noqa: T201
+        f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ['SLURM_JOB_ID']} restart "
+        f"{os.environ.get('SLURM_RESTART_COUNT', '0')} step {os.environ['SLURM_STEP_ID']}: rank "
+        f"{rank} of {world_size} on {socket.gethostname()}, meeting at {master['address']}:"
+        f"{master['port']}; sockets on {os.environ.get('GLOO_SOCKET_IFNAME', 'any interface')}, "
+        "which leads to the first node",
+        flush=True,
+    )
+    code = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as line:
+        line.sendall((json.dumps({"token": token, "rank": rank, "ended": code}) + "\n").encode())
+    sys.exit(code)
+
+
+def run_rank(command: list[str]) -> int:
+    """Start the rank and wait for it. Returns its exit code, 128 + n for signal n."""
+    ended_by_slurm: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # which the rank gets, too
+        signal.signal(number, lambda number, _: ended_by_slurm.append(number))
+    rank = subprocess.Popen(command)
+    code = rank.wait()
+    if code == EXIT_CUT_OFF and signal.SIGTERM not in ended_by_slurm:
+        requeue()
+    return 128 - code if code < 0 else code
+
+
+def requeue() -> None:
+    """Bring the job back whose first node, and with it the supervisor, has died.
+
+    With ``--no-kill`` Slurm leaves such a job as it is. One that Slurm is ending does not get here:
+    it ends the tasks while we wait.
+    """
+    time.sleep(GRACE_SECONDS)
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    print(f"the first node does not answer any more: {' '.join(command)}", flush=True)  # noqa: T201
+    with contextlib.suppress(OSError):
+        subprocess.run(command, check=False, timeout=60)
+
+
+def supervisor_host() -> str:
+    """Address of the node that ran srun, as Slurm's own connection has it: no name is resolved."""
+    for variable in ("SLURM_LAUNCH_NODE_IPADDR", "SLURM_SRUN_COMM_HOST"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    sys.exit("error: SLURM_LAUNCH_NODE_IPADDR is not set; start tasks with srun")
+
+
+def meet(host: str, port: int, token: str, rank: int) -> tuple[dict[str, str], str]:
+    """Ask the supervisor where rank 0 is; also this task's own address on the way there."""
+    try:
+        with socket.create_connection((host, port), timeout=600.0) as line:
+            own_address = str(line.getsockname()[0])
+            hello = {"token": token, "rank": rank, "host": socket.gethostname(), "ask": "master"}
+            line.sendall((json.dumps(hello) + "\n").encode())
+            answer = line.makefile().readline()
+    except OSError as error:
+        sys.exit(
+            f"error: {socket.gethostname()} cannot reach the first node at {host}:{port} "
+            f"({error}); is a firewall between the nodes?"
+        )
+    if not answer:
+        sys.exit("error: the supervisor has given this step up")
+    return json.loads(answer)["master"], own_address
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has ``address``: the one that leads to the first node.
+
+    Without it gloo announces what the node's own name resolves to, on Debian 127.0.1.1.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(found) == address:
+                return name
+    return None
+
+
+def tasks_here() -> int:
+    """Tasks of this step on this node."""
+    return int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_STEP_NUM_NODES"])
+
+
+def threads_per_task() -> int:
+    """Threads that let the tasks of a node share its cores without a fight."""
+    mine = len(os.sched_getaffinity(0))
+    of_node = int(os.environ.get("SLURM_CPUS_ON_NODE", mine))
+    is_bound = mine < of_node
+    return max(1, mine if is_bound else min(mine, of_node) // tasks_here())
+
+
+if __name__ == "__main__":
+    main()

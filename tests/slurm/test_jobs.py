@@ -1,0 +1,147 @@
+"""Runs as real jobs: what ends them, and that they come back to the same end."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.slurm_cluster import SlurmCluster
+from tests.support.slurm_jobs import Jobs, ranks_on, send
+
+# Of the losses of 50 steps that were partly done on one rank: rounding, which training amplifies.
+OTHER_LAYOUT = 1e-3
+
+
+@pytest.fixture
+def jobs(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> Iterator[Jobs]:
+    yield Jobs(slurm, demo_data, tmp_path)
+    slurm.run(["scancel", "--me"])
+    slurm.wait_until(lambda: not slurm.run(["squeue", "-h"]).stdout or None, 60, "empty queue")
+    for node in ("node1", "node2"):
+        assert not slurm.processes(node)
+
+
+def test_run_comes_to_its_end(jobs: Jobs, expected: list[float]) -> None:
+    job = jobs.launch("plain")
+    job.finish()
+    assert job.losses() == expected
+    assert [event["event"] for event in job.journal()] == [
+        "launch", "life", "health", "attempt", "finished",
+    ]  # fmt: skip
+    job.wait(lambda: job.slurm_state() == "COMPLETED", "COMPLETED")
+
+
+def test_warning_signal_saves_and_requeues(jobs: Jobs, expected: list[float]) -> None:
+    job = jobs.launch("warned")
+    job.reach(12)
+    jobs.cluster.signal_batch(job.job_id, "USR1")
+    jobs.cluster.signal_batch(job.job_id, "USR1")  # signals come twice
+    job.finish()
+    assert job.losses() == expected
+    stopped = job.journal("stopped")
+    assert len(stopped) == 1
+    [stop] = [event for event in job.records("event") if event["event"] == "stop"]
+    assert stop["step"] >= 12
+    steps = [line["step"] for line in job.records("train")]
+    assert steps == sorted(set(steps)), "a step was lost or done twice"
+    assert {event["restart"] for event in job.journal("life")} == {0, 1}
+
+
+def test_crashed_rank_restarts_inside_the_allocation(jobs: Jobs, expected: list[float]) -> None:
+    job = jobs.launch("crashed")
+    job.reach(12)
+    [pid] = ranks_on(jobs.cluster, "node2")
+    send(pid, signal.SIGKILL)
+    job.finish()
+    assert job.losses() == expected
+    assert len(job.journal("life")) == 1
+    assert len(job.journal("attempt")) == 2
+    [crash] = job.journal("crash")
+    assert "rank 1" in crash["message"]
+
+
+def test_users_scancel_is_respected(jobs: Jobs) -> None:
+    job = jobs.launch("cancelled")
+    job.reach(3)
+    jobs.cluster.run(["scancel", job.job_id])
+    job.wait(lambda: job.slurm_state().startswith("CANCELLED"), "CANCELLED")
+    [leave] = job.journal("leave")
+    assert "cancelled by its user" in leave["message"]
+    assert len(job.journal("life")) == 1
+
+
+@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
+def test_preempted_run_comes_back(
+    mode: str, demo_data: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    """CANCEL kills the job for good: it submits itself again."""
+    with SlurmCluster(preempt_mode=mode) as cluster:
+        job = Jobs(cluster, demo_data, tmp_path).launch("preempted", exclusive=True)
+        job.reach(12)
+        cluster.submit(
+            "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"
+        )
+        job.finish()
+        assert job.losses() == expected
+        assert len({(life["job"], life["restart"]) for life in job.journal("life")}) == 2
+        assert job.journal("leave")[0]["message"].startswith("preempt")
+
+
+def test_hanging_rank_is_named_and_the_run_goes_on(jobs: Jobs, expected: list[float]) -> None:
+    job = jobs.launch("hung", "supervision.hang_timeout_seconds=8")
+    job.reach(12)
+    [pid] = ranks_on(jobs.cluster, "node2")
+    send(pid, signal.SIGSTOP)
+    job.finish()
+    assert job.losses() == expected
+    [hang] = job.journal("hang")
+    assert "rank 1 on node2" in hang["message"]
+    assert "Thread 0x" in (job.run_dir / "logs" / "rank_0.log").read_text(), "no stacks"
+    assert len(job.journal("life")) == 1
+
+
+def test_crash_at_every_start_ends_in_a_loop_break(jobs: Jobs, tmp_path: Path) -> None:
+    alerts = tmp_path / "alerts"
+    command = tmp_path / "alert.sh"
+    command.write_text(f'#!/bin/sh\necho "$2: $3" >> {alerts}\n')
+    command.chmod(0o755)
+    job = jobs.launch(
+        "looping",
+        "supervision.max_restarts_without_progress=1",
+        options=("--alert", str(command)),
+        environment={"GLOO_SOCKET_IFNAME": {"value": "nothere", "reason": "to crash"}},
+        health_check=False,
+    )
+    job.wait(lambda: job.journal("loop"), "the loop breaker")
+    job.wait(lambda: job.slurm_state() == "FAILED", "FAILED")
+    assert len(job.journal("attempt")) == 2
+    assert "2 failures in a row without a new checkpoint" in job.journal("loop")[0]["message"]
+    assert "loop:" in alerts.read_text()
+    assert len(job.journal("life")) == 1
+
+
+def test_users_mistake_is_not_tried_again(jobs: Jobs) -> None:
+    job = jobs.launch("mistaken", "evaluation.max_tokens=32")
+    job.wait(lambda: job.slurm_state() == "FAILED", "FAILED")
+    [mistake] = job.journal("mistake")
+    assert "evaluation.lengths" in mistake["message"]
+    assert jobs.cluster.job(job.job_id)["ExitCode"] == "2:0"
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_power_cut_of_a_node(
+    node: str, demo_data: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    with SlurmCluster() as cluster:
+        job = Jobs(cluster, demo_data, tmp_path).launch("cut")
+        job.reach(12)
+        cluster.power_off(node)
+        cluster.wait_until(lambda: "DOWN" in cluster.node(node)["State"] or None, 60, "DOWN")
+        cluster.power_on(node)
+        job.finish(120)
+        np.testing.assert_allclose(job.losses(), expected, rtol=OTHER_LAYOUT)
+        # The batch script lives on the first node: the job is queued again. On the second it goes
+        # on inside the allocation, at once and on one node.
+        assert len(job.journal("life")) == (2 if node == "node1" else 1)
