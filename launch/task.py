@@ -50,31 +50,40 @@ def main() -> None:
         "which leads to the first node",
         flush=True,
     )
-    code = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])
+    code, is_ending = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])
+    if code == EXIT_CUT_OFF and not is_ending and not answers(host, port):
+        requeue()
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as line:
         line.sendall((json.dumps({"token": token, "rank": rank, "ended": code}) + "\n").encode())
     sys.exit(code)
 
 
-def run_rank(command: list[str]) -> int:
-    """Start the rank and wait for it. Returns its exit code, 128 + n for signal n."""
-    ended_by_slurm: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # which the rank gets, too
-        signal.signal(number, lambda number, _: ended_by_slurm.append(number))
-    rank = subprocess.Popen(command)
-    code = rank.wait()
-    if code == EXIT_CUT_OFF and signal.SIGTERM not in ended_by_slurm:
-        requeue()
-    return 128 - code if code < 0 else code
+def run_rank(command: list[str]) -> tuple[int, bool]:
+    """Start the rank and wait for it.
+
+    Returns:
+        Its exit code, 128 + n for signal n; and whether Slurm is ending the step.
+    """
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the rank gets them, too
+        signal.signal(number, lambda number, _: received.append(number))
+    code = subprocess.Popen(command).wait()
+    return 128 - code if code < 0 else code, signal.SIGTERM in received
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether the supervisor can be reached: if so, only this node was cut off for a while."""
+    time.sleep(GRACE_SECONDS)  # in which Slurm ends the tasks of a job that it is ending
+    try:
+        socket.create_connection((host, port), timeout=GRACE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def requeue() -> None:
-    """Bring the job back whose first node, and with it the supervisor, has died.
-
-    With ``--no-kill`` Slurm leaves such a job as it is. One that Slurm is ending does not get here:
-    it ends the tasks while we wait.
-    """
-    time.sleep(GRACE_SECONDS)
+    """Bring the job back whose first node, and with it the supervisor, has died: with
+    ``--no-kill`` Slurm leaves such a job as it is."""
     command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
     print(f"the first node does not answer any more: {' '.join(command)}", flush=True)  # noqa: T201
     with contextlib.suppress(OSError):

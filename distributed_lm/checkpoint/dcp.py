@@ -16,7 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
@@ -46,7 +46,7 @@ class Writing:
         self._groups = groups
         snapshot = on_every_rank(groups, lambda: _sharded(blocks, _snapshot))
         self._records, results = on_every_rank(groups, lambda: (ForkQueue(), ForkQueue()))
-        self._request = _plan(folder, snapshot, results)
+        self._request = _plan(folder, snapshot, results, groups)
         rank = groups.process.rank
         self._writer = on_every_rank(
             groups, lambda: _fork_writer(self._request, folder, rank, self._records)
@@ -72,14 +72,9 @@ class Writing:
         """
         self._writer.join()
         on_every_rank(self._groups, self._check_exit)
-        errors: list[OSError] = []
-        try:
-            with _deferring_disk_errors(errors):
-                for finalize in self._request.finalize_fns:
-                    finalize()
-        except DCP_ERRORS as error:  # a writer's, which Megatron raises on every rank
-            raise SaveError(_innermost(error)) from error
-        on_every_rank(self._groups, lambda: _raise_first(errors))
+        with _agreeing_on_disk_errors(self._groups):
+            for finalize in self._request.finalize_fns:
+                finalize()
         parts = self._groups.gather(_taken(self._records))
         return {name: record for part in parts for name, record in part.items()}
 
@@ -159,16 +154,14 @@ def _scratch(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype)
 
 
-def _plan(folder: Path, snapshot: dict[str, Any], results: ForkQueue) -> Any:
+def _plan(folder: Path, snapshot: dict[str, Any], results: ForkQueue, groups: ProcessGroups) -> Any:
     """Megatron's and torch's agreement between the ranks on who writes what, not yet written."""
     filesystem_async._results_queue = results  # instead of a server process; see ForkQueue
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    try:
+    with _agreeing_on_disk_errors(groups):
         return dist_checkpointing.save(
             snapshot, str(folder), sharded_strategy=strategy, async_sharded_save=True
         )
-    except DCP_ERRORS as error:
-        raise SaveError(_innermost(error)) from error
 
 
 def _fork_writer(request: Any, folder: Path, rank: int, records: ForkQueue) -> Any:
@@ -195,31 +188,50 @@ def _write(
     records.put({path.name: FileRecord.of(path) for path in folder.glob(f"__{rank}_*.distcp")})
 
 
+# Where Megatron's first rank writes a file between two collectives: ``.metadata``, ``metadata.json``
+# and ``common.pt``. Raising there would leave the other ranks waiting for it.
+WRITES_ALONE: tuple[tuple[Any, str], ...] = (
+    (FileSystemWriterAsync, "finish"),
+    (serialization, "save_config"),
+    # A function since megatron-core 0.17 or so, a method before.
+    (serialization, "save_common")
+    if hasattr(serialization, "save_common")
+    else (common.TorchCommonSaveStrategy, "save_common"),
+)
+
+
 @contextmanager
-def _deferring_disk_errors(errors: list[OSError]) -> Iterator[None]:
-    """Megatron's first rank writes ``.metadata`` and ``metadata.json`` between two collectives:
-    raising there would leave the other ranks waiting for it. So it is raised later, on all."""
-    finish, save_config = FileSystemWriterAsync.finish, serialization.save_config
+def _agreeing_on_disk_errors(groups: ProcessGroups) -> Iterator[None]:
+    """Have what goes wrong in ``WRITES_ALONE`` raised at the end, and on all ranks.
 
-    def deferred(function: Callable[..., Any]) -> Callable[..., None]:
-        def call(*arguments: Any, **keywords: Any) -> None:
-            try:
-                answering(partial(function, *arguments, **keywords))
-            except OSError as error:
-                errors.append(error)
-
-        return call
-
-    FileSystemWriterAsync.finish = deferred(finish)
-    serialization.save_config = deferred(save_config)
+    Raises:
+        SaveError: with the disk's reason, or what Megatron makes of a writer's.
+    """
+    errors: list[Exception] = []
+    originals = [getattr(owner, name) for owner, name in WRITES_ALONE]
+    for (owner, name), original in zip(WRITES_ALONE, originals, strict=True):
+        setattr(owner, name, _deferring(original, errors))
     try:
         yield
+    except DCP_ERRORS as error:  # a writer's, which Megatron raises on every rank
+        raise SaveError(_innermost(error)) from error
     finally:
-        FileSystemWriterAsync.finish = finish
-        serialization.save_config = save_config
+        for (owner, name), original in zip(WRITES_ALONE, originals, strict=True):
+            setattr(owner, name, original)
+    on_every_rank(groups, lambda: _raise_first(errors))
 
 
-def _raise_first(errors: list[OSError]) -> None:
+def _deferring(function: Callable[..., Any], errors: list[Exception]) -> Callable[..., None]:
+    def call(*arguments: Any, **keywords: Any) -> None:
+        try:
+            answering(partial(function, *arguments, **keywords))
+        except (OSError, RuntimeError) as error:  # the latter is torch.save's
+            errors.append(error)
+
+    return call
+
+
+def _raise_first(errors: list[Exception]) -> None:
     if errors:
         raise errors[0]
 

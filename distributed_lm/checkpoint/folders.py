@@ -62,8 +62,12 @@ def publish(run_dir: Path, step: int, unfinished: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)  # if not now, then at the next start
     else:
         os.rename(unfinished, final)
-    sync_file(final.parent)
-    sync_file(run_dir)
+    try:
+        sync_file(final.parent)
+        sync_file(run_dir)
+    except OSError:
+        os.rename(final, unfinished)
+        raise
     with contextlib.suppress(OSError):  # the folder of all runs, which may be somebody else's
         sync_file(run_dir.parent)
 

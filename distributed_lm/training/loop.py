@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distributed_lm.checkpoint.agreement import SaveError, answering
+from distributed_lm.checkpoint.agreement import SaveError, answering, problem_of
 from distributed_lm.checkpoint.folders import prune
 from distributed_lm.checkpoint.store import Save, newest_verified
 from distributed_lm.config import RunConfig
@@ -172,10 +172,9 @@ class TrainingLoop:
     def _stop(self) -> None:
         """Save where the run is, and leave."""
         step = self.progress.step
+        self._publish_save()
         if self.saved_step != step or self.progress.validation_due:
             self._save(step, wait=True)
-        else:
-            self._publish_save(is_last=True)
         self._event("stop", f"stopped as asked; a start of the run goes on from step {step}")
         raise Stopped(f"stopped as asked at step {step}, which is saved; start the run to go on")
 
@@ -192,7 +191,6 @@ class TrainingLoop:
             self.save = begin_snapshot(
                 self.engine, self.config.run_dir, step, asdict(self.progress)
             )
-            self.saved_step = step
         if wait or not self.config.checkpoint.asynchronous:
             self._publish_save(wait)
         self.supervision.phase("train")
@@ -212,12 +210,21 @@ class TrainingLoop:
         with self._tolerating_failed_saves(is_last):
             seconds = save.finish()
             self.failed_saves = 0
+            self.saved_step = save.step
             self.rewinds_in_a_row = 0
             self._event("save", f"checkpoint of step {save.step}", **seconds)
             self.supervision.note(saved_step=save.step, save_seconds=seconds["save_seconds"])
             if self.groups.is_first_rank:
-                for problem in prune(self.config, save.step):
-                    self._event("prune_failed", problem)
+                self._prune(save.step)
+
+    def _prune(self, newest_whole: int) -> None:
+        problems: list[str] = []
+        silence = problem_of(
+            lambda: answering(lambda: problems.extend(prune(self.config, newest_whole)))
+        )
+        for problem in [*problems, silence]:
+            if problem:
+                self._event("prune_failed", problem)
 
     @contextlib.contextmanager
     def _tolerating_failed_saves(self, is_last: bool) -> Iterator[None]:

@@ -80,37 +80,47 @@ def job_field(allocation: Allocation, name: str) -> str:
     return ""
 
 
-def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> str:
-    """Have Slurm run this job again, on other nodes than ``excluded``.
+@dataclass(frozen=True)
+class ComeBack:
+    """How the run goes on in another job, or that it does not."""
 
-    Returns:
-        How: a sentence for the journal. It begins with "cannot" if there is no way.
-    """
+    works: bool
+    message: str
+    job: str | None = None
+    """Id of a job that was submitted for it."""
+    is_requeued: bool = False
+    """Whether Slurm is about to end this very job."""
+
+
+def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack:
+    """Have Slurm run this job again, on other nodes than ``excluded``."""
+    chain = ComeBack(True, "the next job of the chain goes on")
     if job.is_chained and not excluded:
-        return "the next job of the chain goes on"
+        return chain
     if not excluded and shutil.which("scontrol"):
         asked = _run(["scontrol", "requeue", allocation.job_id])
         if asked is not None and asked.returncode == 0:
-            return f"requeued job {allocation.job_id}"
+            return ComeBack(True, f"requeued job {allocation.job_id}", is_requeued=True)
     if shutil.which("sbatch"):
         return _resubmit(job, excluded)
     if job.is_chained:
-        return "the next job of the chain goes on"
-    return (
-        "cannot come back: this node has neither scontrol nor sbatch; submit again, or launch with "
-        "--chain next time"
+        return chain
+    return ComeBack(
+        False,
+        "cannot come back: this node has neither scontrol nor sbatch; launch the run again, with "
+        "--chain",
     )
 
 
-def _resubmit(job: Job, excluded: list[str]) -> str:
+def _resubmit(job: Job, excluded: list[str]) -> ComeBack:
     options = [f"--exclude={','.join(excluded)}"] if excluded else []
     submitted = _run(["sbatch", "--parsable", *options, *job.sbatch])
     if submitted is None or submitted.returncode != 0:
         reason = "no answer" if submitted is None else submitted.stderr.strip()
-        return f"cannot come back: sbatch said: {reason}"
+        return ComeBack(False, f"cannot come back: sbatch said: {reason}")
     job_id = submitted.stdout.strip().split(";")[0]
     without = f" without {', '.join(excluded)}" if excluded else ""
-    return f"submitted job {job_id}{without}"
+    return ComeBack(True, f"submitted job {job_id}{without}", job=job_id)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:

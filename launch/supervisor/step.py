@@ -15,6 +15,8 @@ from launch.supervisor.job import Job
 # Of what srun is asked to end, before it is killed.
 END_SECONDS = 15.0
 TAIL_BYTES = 64 * 1024
+# Which network interface gloo and NCCL open their sockets on.
+SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def srun_command(
@@ -45,8 +47,11 @@ def srun_command(
 
 def task_environment(job: Job, port: int, token: str, nodes: list[str]) -> dict[str, str]:
     """What the tasks of a step find beside Slurm's own variables."""
+    interface = job.network_interface
+    sockets = {name: interface for name in SOCKET_VARIABLES if interface}
     return {
         **os.environ,
+        **sockets,
         **job.environment,
         "PYTHONPATH": os.pathsep.join(filter(None, [job.code, os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",

@@ -14,6 +14,7 @@ from launch.failure import report
 from launch.supervisor import alerts, health
 from launch.supervisor.comeback import (
     Allocation,
+    ComeBack,
     come_back,
     requeues_by_itself,
     slurms_reason,
@@ -74,9 +75,9 @@ class Supervisor:
         if sick and len(nodes) < job.nodes:
             excluded = sick
             way = await asyncio.to_thread(come_back, job, self.allocation, sick)
-            if not way.startswith("cannot"):
+            if way.works:
                 return await self._leave(way, EXIT_STOPPED)
-            self.journal.write("note", way)
+            self.journal.write("note", way.message)
         return await self._attempt_until_done(nodes, excluded)
 
     async def _attempt_until_done(self, nodes: list[str], excluded: list[str]) -> int:
@@ -168,22 +169,26 @@ class Supervisor:
         return Outcome(kind, code, message)
 
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
-        if await asyncio.to_thread(was_cancelled, self.job, self.allocation):
-            return await self._leave("cancelled by its user: not coming back", code)
+        job, allocation = self.job, self.allocation
+        if await asyncio.to_thread(was_cancelled, job, allocation):
+            return await self._leave(
+                ComeBack(False, "cancelled by its user: not coming back"), code
+            )
         if self._is_loop():
             return code
-        cause = await asyncio.to_thread(slurms_reason, self.job, self.allocation)
-        if cause == "preemption" and await asyncio.to_thread(
-            requeues_by_itself, self.job, self.allocation
-        ):
-            return await self._leave("preempted; Slurm requeues the job by itself", code)
-        way = await asyncio.to_thread(come_back, self.job, self.allocation, excluded)
-        reason = cause or reason
-        return await self._leave(f"{reason}; {way}" if reason else way, code)
+        cause = await asyncio.to_thread(slurms_reason, job, allocation)
+        if cause == "preemption" and await asyncio.to_thread(requeues_by_itself, job, allocation):
+            return await self._leave(
+                ComeBack(True, "Slurm requeues the job by itself"), code, cause
+            )
+        way = await asyncio.to_thread(come_back, job, allocation, excluded)
+        return await self._leave(way, code, cause or reason)
 
-    async def _leave(self, way: str, code: int) -> int:
-        self.journal.write("leave", way, code=code)
-        if "requeued" in way:  # Slurm ends this script; to end it ourselves could complete the job
+    async def _leave(self, way: ComeBack, code: int, reason: str = "") -> int:
+        message = f"{reason}; {way.message}" if reason else way.message
+        jobs = {} if way.job is None else {"jobs": [way.job]}
+        self.journal.write("leave", message, code=code, **jobs)
+        if way.is_requeued:  # to end this script ourselves could complete the job
             await asyncio.sleep(REQUEUE_SECONDS)
         return code
 

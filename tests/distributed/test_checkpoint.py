@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0": (1, {"zero": {"stage": 0}}),
     "zero1": (1, {}),
     "pp2": (2, {"parallel": {"pipeline": 2}}),
+    "tp2": (2, {"parallel": {"tensor": 2}}),
     "tp2-pp2": (4, {"parallel": {"tensor": 2, "pipeline": 2}}),
     "tp2-sequence-zero1": (2, {"parallel": {"tensor": 2, "sequence": True}}),
     "pp2-interleaved": (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
@@ -55,7 +56,7 @@ def run_steps(
 
 
 # bf16 with ZeRO 0 is a config error.
-SAME = [layout for layout in LAYOUTS if layout not in ("zero1", "pp2", "tp2-pp2")]
+SAME = [layout for layout in LAYOUTS if layout not in ("zero1", "pp2", "tp2", "tp2-pp2")]
 PRECISIONS = [(layout, "fp32") for layout in SAME]
 PRECISIONS += [(layout, "bf16") for layout in SAME if layout != "zero0"]
 
@@ -80,6 +81,8 @@ SINUSOIDAL = {"position": "sinusoidal"}
 PAIRS = [
     ("tp2-sequence-zero1", "zero0", ALIBI_TIED),
     ("zero0", "tp2-sequence-zero1", SINUSOIDAL),
+    ("tp2", "zero1", ALIBI_TIED),
+    ("zero1", "tp2", UNTIED),
     ("pp2", "zero1", ALIBI_TIED),
     ("zero1", "pp2-interleaved", UNTIED),
     ("zero1", "dp2-zero1", ALIBI_TIED),

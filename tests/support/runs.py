@@ -42,3 +42,8 @@ class Runs:
 def losses(records: dict[str, list[Any]]) -> list[float]:
     """The ``loss`` column of a run's train lines."""
     return [line["loss"] for line in records["train"]]
+
+
+def messages(records: dict[str, list[Any]], event: str) -> list[str]:
+    """What the events of that name say."""
+    return [line["message"] for line in records["event"] if line["event"] == event]

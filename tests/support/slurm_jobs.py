@@ -1,4 +1,5 @@
-"""Runs of ``configs/runs/smoke.yaml`` as jobs of a test cluster, through ``python -m launch slurm``."""
+"""Runs of ``configs/runs/smoke.yaml`` as jobs of a test cluster, as ``python -m launch slurm`` has
+them."""
 
 import json
 import os
