@@ -188,15 +188,18 @@ def _write(
     records.put({path.name: FileRecord.of(path) for path in folder.glob(f"__{rank}_*.distcp")})
 
 
-# Where Megatron's first rank writes a file between two collectives: ``.metadata``, ``metadata.json``
-# and ``common.pt``. Raising there would leave the other ranks waiting for it.
-WRITES_ALONE: tuple[tuple[Any, str], ...] = (
-    (FileSystemWriterAsync, "finish"),
-    (serialization, "save_config"),
-    # A function since megatron-core 0.17 or so, a method before.
-    (serialization, "save_common")
-    if hasattr(serialization, "save_common")
-    else (common.TorchCommonSaveStrategy, "save_common"),
+# Where Megatron's first rank writes a file between two collectives: ``.metadata``,
+# ``metadata.json``, up to 0.16 ``common.pt`` and later its own manifest. Raising there would leave
+# the other ranks waiting for it.
+WRITES_ALONE: tuple[tuple[Any, str], ...] = tuple(
+    (owner, name)
+    for owner, name in (
+        (FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+        (getattr(common, "TorchCommonSaveStrategy", None), "save_common"),
+        (serialization, "save_integrity_manifest"),
+    )
+    if hasattr(owner, name)
 )
 
 
