@@ -26,6 +26,7 @@ from distributed_lm.model.parameters import parameter_shards
 from distributed_lm.model.proof import prove_positions
 from distributed_lm.pipeline import Microbatch, run_schedule
 from distributed_lm.process_groups import Process, ProcessGroups
+from distributed_lm.supervision import Supervision, supervision
 
 
 def evaluate(
@@ -50,14 +51,16 @@ def evaluate(
     check_lengths(config, lengths, len(evaluation_stream(config)) - 1)
     step = _step_to_load(config, checkpoint, identity["tokenizer"])
     process = Process.from_environment()
+    supervised = supervision(process.supervisor, process.rank)
     layout = Layout.grid(config.parallel, process.world_size)
     with process_groups.joined(config, process, layout) as groups:
         stages = _load_stages(config, step, groups)
-        results = [_score(config, stages, groups, length) for length in lengths]
+        results = [_score(config, stages, groups, length, supervised) for length in lengths]
     if process.rank == 0:
         for result in results:
             write_result(config, step, result, identity)
         _print_table(config, step, results)
+    supervised.leave("finished")
 
 
 def _config_of_run(run: Path, overrides: list[str]) -> RunConfig:
@@ -106,9 +109,14 @@ def _load_stages(config: RunConfig, step: int, groups: ProcessGroups) -> list[GP
 
 
 def _score(
-    config: RunConfig, stages: list[GPTStage], groups: ProcessGroups, length: int
+    config: RunConfig,
+    stages: list[GPTStage],
+    groups: ProcessGroups,
+    length: int,
+    supervised: Supervision,
 ) -> Perplexity:
     def score(microbatches: list[Microbatch]) -> tuple[float, float]:
+        supervised.should_stop()  # a sign of life; there is nothing to save, so it ends at once
         with torch.no_grad():
             loss_sum, tokens = run_schedule(
                 list(stages), microbatches, groups, forward_only=True

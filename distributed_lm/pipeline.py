@@ -11,6 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from distributed_lm import platform
 from distributed_lm.process_groups import ProcessGroups
 
 
@@ -39,6 +40,7 @@ def run_schedule(
     *,
     forward_only: bool,
     on_losses: Callable[[Tensor], None] | None = None,
+    stopwatch: platform.Stopwatch | None = None,
 ) -> Tensor:
     """Forward, and unless ``forward_only`` backward, over all microbatches of this rank.
 
@@ -47,6 +49,7 @@ def run_schedule(
     Args:
         stages: what Megatron's schedule calls, one per virtual stage.
         on_losses: called on the last stage with each microbatch's per-token losses [B, S].
+        stopwatch: times what this data-parallel rank does before it waits for the others.
 
     Returns:
         fp64 [2]: summed loss in nats and tokens scored over the whole run's batch, on every rank.
@@ -75,6 +78,8 @@ def run_schedule(
 
     sequences, length = microbatches[0].tokens_BS.shape
     iterators = [iter(microbatches) for _ in stages]
+    if stopwatch is not None:
+        stopwatch.start()
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(stages) > 1 else iterators[0],
@@ -84,4 +89,6 @@ def run_schedule(
         micro_batch_size=sequences,
         forward_only=forward_only,
     )
+    if stopwatch is not None:
+        stopwatch.stop()
     return groups.sum_over_run(totals)

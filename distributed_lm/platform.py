@@ -13,6 +13,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,43 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Times work on a device without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Between the two, once the device has been waited for."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) / 1000.0
+        return self._times[1] - self._times[0]
+
+    def _mark(self, index: int) -> None:
+        if self._events is not None:
+            self._events[index].record()
+        self._times[index] = time.perf_counter()
+
+
+def dump_flight_recorder(path: Path) -> None:
+    """NCCL's record of the last collectives, for ``torch.distributed.flight_recorder``; on CUDA
+    and with ``TORCH_NCCL_TRACE_BUFFER_SIZE`` set."""
+    if has_cuda():
+        path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
 
 
 def describe_environment() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +47,12 @@ class Supervision(Protocol):
     def note(self, **values: Any) -> None:
         """Tell figures of the run."""
 
+    def alert(self, kind: str, message: str) -> None:
+        """Have somebody told, if the job was launched with an alert command or a mail address."""
+
+    def worked(self, seconds: float) -> None:
+        """Say how long this rank's own part of a step took, without waiting for others."""
+
     def leave(self, last_word: str) -> None:
         """Say how it ended: ``finished`` or ``stopped``."""
 
@@ -61,6 +68,10 @@ class Unsupervised:
         return False
 
     def note(self, **values: Any) -> None: ...
+
+    def alert(self, kind: str, message: str) -> None: ...
+
+    def worked(self, seconds: float) -> None: ...
 
     def leave(self, last_word: str) -> None: ...
 
@@ -80,15 +91,22 @@ class Address:
         return cls(host, int(port), token)
 
 
-def supervision(address: str | None, rank: int) -> Supervision:
-    """The line of this rank to the supervisor at ``address``; to be called on the main thread."""
-    return Unsupervised() if address is None else Watchdog(Address.parse(address), rank)
+def supervision(
+    address: str | None, rank: int, dump: Callable[[], None] = lambda: None
+) -> Supervision:
+    """The line of this rank to the supervisor at ``address``; to be called on the main thread.
+
+    Args:
+        dump: writes down what else helps to understand a hang, beside the stacks.
+    """
+    return Unsupervised() if address is None else Watchdog(Address.parse(address), rank, dump)
 
 
 class Watchdog:
     """The thread and what it shares with the main thread."""
 
-    def __init__(self, address: Address, rank: int) -> None:
+    def __init__(self, address: Address, rank: int, dump: Callable[[], None]) -> None:
+        self._extra_dump = dump
         self._lock = threading.Condition()
         self._boundary = 0
         self._hold_at: int | None = None
@@ -118,6 +136,13 @@ class Watchdog:
     def note(self, **values: Any) -> None:
         with self._lock:
             self._news.setdefault("notes", {}).update(values)
+
+    def alert(self, kind: str, message: str) -> None:
+        with self._lock:
+            self._news.setdefault("alerts", []).append(f"{kind}: {message}")
+
+    def worked(self, seconds: float) -> None:
+        self._post(work_seconds=seconds)
 
     def should_stop(self) -> bool:
         with self._lock:
@@ -188,8 +213,13 @@ class Watchdog:
         elif "die" in message:
             self._end(message["die"], EXIT_CUT_OFF)
         elif "dump" in message:
-            sys.stderr.flush()
-            faulthandler.dump_traceback(all_threads=True)
+            self._dump()
+
+    def _dump(self) -> None:
+        """Where every thread is, and with NCCL which collectives were the last."""
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        self._extra_dump()
 
     def _promise(self, boundary: int) -> bool:
         with self._lock:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 from rich.console import Console
 
@@ -39,7 +40,9 @@ def train(config: RunConfig) -> None:
         UserError: before anything on disk has changed if the config is at fault.
     """
     process = Process.from_environment()
-    supervised = supervision(process.supervisor, process.rank)
+    trace = config.run_dir / "logs" / f"nccl_trace_rank_{process.rank}"
+    dump = partial(platform.dump_flight_recorder, trace)
+    supervised = supervision(process.supervisor, process.rank, dump)
     found = preflight(config, process.world_size)
     is_first = process.rank == 0
     life = Life(process.job, process.restart, process.attempt)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed_lm.errors import ConfigError, TrainingError
+from distributed_lm.errors import ConfigError
+from distributed_lm.tracking.patient_file import PatientFile
 
 REPAIR_BLOCK_BYTES = 1 << 16
 
@@ -29,8 +30,7 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_last_line(path)
-            # Unbuffered and appending: one write per line, which a kill cannot cut in Python.
-            self._file = path.open("ab", buffering=0)
+            self._file = PatientFile(path)
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be written ({error.strerror}); "
@@ -41,24 +41,8 @@ class MetricsFile:
             self.log("event", {"event": "resume", "step": resumed_at_step, "message": message})
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one line.
-
-        Raises:
-            TrainingError: if the disk does not take it.
-        """
-        line = encode({"kind": kind, "time": time.time(), **values}) + "\n"
-        try:
-            written = self._file.write(line.encode())
-        except OSError as error:
-            raise TrainingError(
-                f"{self._path}: cannot be written ({error.strerror}); "
-                "make room and start the run again, it resumes from its last checkpoint"
-            ) from None
-        if written != len(line.encode()):
-            raise TrainingError(
-                f"{self._path}: the disk took {written} of {len(line.encode())} bytes; "
-                "make room and start the run again, it resumes from its last checkpoint"
-            )
+        """Append one line; on a disk in trouble, later."""
+        self._file.write((encode({"kind": kind, "time": time.time(), **values}) + "\n").encode())
 
     def finish(self, exit_code: int = 0) -> None:
         self._file.close()

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from distributed_lm import platform
 from distributed_lm.config import RunConfig
 from distributed_lm.errors import TrainingError
 from distributed_lm.model.gpt import GPTStage
@@ -95,6 +96,8 @@ class TrainingEngine:
         self.config = config
         self.stages = stages
         self.groups = groups
+        self.stopwatch = platform.Stopwatch(groups.device)
+        """Of this rank's own part of the last step."""
         self.shards: list[ParameterShard] = parameter_shards(stages, groups)
         sum_sequence_parallel_gradients(stages, groups)
         self.optimizer: AdamW = build_optimizer(self.shards, config.optimizer)
@@ -139,6 +142,7 @@ class TrainingEngine:
                 self.groups,
                 forward_only=False,
                 on_losses=lambda losses_BS: local_losses.append(losses_BS.sum()),
+                stopwatch=self.stopwatch,
             ).tolist()
         loss = loss_sum / tokens
         if not math.isfinite(loss):

@@ -26,6 +26,8 @@ from distributed_lm.training.spikes import SpikeDetector
 from distributed_lm.training.throughput import Throughput
 
 MAX_REWINDS_IN_A_ROW = 10
+# Events that somebody may want to be told of at once.
+ALERTS = ("spike", "rewind", "non_finite", "save_failed")
 
 
 @dataclass
@@ -133,6 +135,7 @@ class TrainingLoop:
         progress.data_position += 1
         progress.data_digest = advance(progress.data_digest, blocks)
         self.throughput.step_done()
+        self.supervision.worked(self.engine.stopwatch.seconds())
         return result
 
     def _record(self, result: StepResult) -> None:
@@ -273,6 +276,8 @@ class TrainingLoop:
     def _event(self, name: str, message: str, **extra: Any) -> None:
         values = {"event": name, "step": self.progress.step, "message": message, **extra}
         self.tracker.log("event", values)
+        if name in ALERTS:
+            self.supervision.alert(name, message)
 
 
 def restore_progress(state: dict[str, Any]) -> Progress:

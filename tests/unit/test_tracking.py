@@ -14,7 +14,7 @@ import wandb
 
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.errors import ConfigError, TrainingError
-from distributed_lm.tracking import NullTracker, open_tracker, wandb_run
+from distributed_lm.tracking import NullTracker, open_tracker, patient_file, wandb_run
 from distributed_lm.tracking.console import Console
 from distributed_lm.tracking.metrics_file import MetricsFile, decode, encode
 from distributed_lm.tracking.online import choose_mode
@@ -149,7 +149,8 @@ class TestMetricsFile:
         with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written .*output_dir"):
             MetricsFile(tmp_path / "file" / "metrics.jsonl")
 
-    def test_full_disk_is_one_sentence(self) -> None:
+    def test_full_disk_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(patient_file, "CLOSE_SECONDS", 0.1)
         with pytest.raises(TrainingError, match="No space left on device"):
             write_records(Path("/dev/full"), TRAIN)
 
