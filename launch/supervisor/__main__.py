@@ -1,9 +1,10 @@
-"""``python -m launch.supervisor RUN/slurm/job.json``: all that a batch script does."""
+"""``python -m launch.supervisor JOB_FILE``: all that a batch script does."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,16 +16,24 @@ from launch.supervisor.supervisor import Supervisor
 
 
 def main() -> None:
-    job = Job.read(Path(sys.argv[1]))
+    job = _job(Path(sys.argv[1]))
     job_id = os.environ["SLURM_JOB_ID"]
     allocation = Allocation(
         job_id=job_id,
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         nodes=tuple(expand(os.environ["SLURM_JOB_NODELIST"])),
-        log_start=_size(job.log_dir / f"slurm-{job_id}.log"),
+        log_start=_size(job.batch_log(job_id)),
         times=_times(),
     )
     sys.exit(asyncio.run(Supervisor(job, allocation).run()))
+
+
+def _job(path: Path) -> Job:
+    """From a job file, or the one that a list of them has for this task of a job array."""
+    paths = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(paths, list):
+        path = Path(paths[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    return Job.read(path)
 
 
 def _size(path: Path) -> int:

@@ -45,9 +45,8 @@ def slurms_reason(job: Job, allocation: Allocation) -> str | None:
     Its state is only COMPLETING until the end, whatever the reason, but slurmstepd writes into
     the job's own log: ``*** JOB 13 ON node1 CANCELLED AT 2026-11-22T16:52:00 DUE TO PREEMPTION``.
     """
-    path = job.log_dir / f"slurm-{allocation.job_id}.log"
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = job.batch_log(allocation.job_id).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     said = ENDING.findall(text[allocation.log_start :])

@@ -69,6 +69,8 @@ class Coordinator:
         """What Slurm or a user has sent to the ranks."""
         self.notes: dict[str, Any] = {}
         """Newest values that rank 0 has told: ``step``, ``saved_step``, ``save_seconds`` …"""
+        self.alerts: list[str] = []
+        """``KIND: MESSAGE``, of rank 0, not yet passed on."""
         self.ends: dict[int, tuple[int, float]] = {}
         """By rank: the exit code of a rank that has ended, and when."""
         self.master_port = 0
@@ -85,6 +87,13 @@ class Coordinator:
         self._spawn(self._ping())
         port: int = self._server.sockets[0].getsockname()[1]
         return port
+
+    def close(self) -> None:
+        """Listen no more, and hang up."""
+        for member in self.members.values():
+            member.writer.close()
+        if self._server is not None:
+            self._server.close()
 
     def open(self, expected: int, master_port: int) -> str:
         """Forget the ranks of the step before and wait for ``expected`` new ones.
@@ -260,8 +269,9 @@ class Coordinator:
             clock = message.get("clock")
             skew = {} if clock is None else {"clock_skew_seconds": clock - time.time()}
             member.report = {**(member.report or {}), **message["report"], **skew}
-        if "notes" in message and member.rank == 0:
-            self.notes.update(message["notes"])
+        if member.rank == 0:
+            self.notes.update(message.get("notes", {}))
+            self.alerts += message.get("alerts", [])
 
     async def _tell(self, members: list[Member], message: dict[str, Any]) -> None:
         line = (json.dumps(message) + "\n").encode()

@@ -32,6 +32,8 @@ class Verdict:
     problems: dict[str, str | None]
     """By node; None for a node that is well."""
     summary: str
+    gigabytes_per_second: float | None = None
+    """Of an all-reduce between the nodes; None if there was none, or it failed."""
 
 
 async def examine(job: Job, coordinator: Coordinator, port: int, nodes: list[str]) -> Verdict:
@@ -47,13 +49,13 @@ async def examine(job: Job, coordinator: Coordinator, port: int, nodes: list[str
         )  # fmt: skip
         steps.append(await Step.start(command, environment, job.log_dir, 0))
     problems = await _local_problems(job, coordinator, nodes, steps)
-    together = ""
+    together, speed = "", None
     well = [rank for rank, node in enumerate(nodes) if problems[node] is None]
     if len(well) > 1:
-        together = await _meet(coordinator, well, nodes, problems)
+        together, speed = await _meet(coordinator, well, nodes, problems)
     await asyncio.gather(*(_dismiss(step) for step in steps))
     healthy = sum(problem is None for problem in problems.values())
-    return Verdict(problems, f"{healthy} of {len(nodes)} nodes are well{together}")
+    return Verdict(problems, f"{healthy} of {len(nodes)} nodes are well{together}", speed)
 
 
 async def _local_problems(
@@ -104,8 +106,9 @@ def _difference(report: dict[str, Any], common: dict[str, Any]) -> str | None:
 
 async def _meet(
     coordinator: Coordinator, well: list[int], nodes: list[str], problems: dict[str, str | None]
-) -> str:
-    """Have the nodes that are well reduce a tensor together. Returns what to say about it."""
+) -> tuple[str, float | None]:
+    """Have the nodes that are well reduce a tensor together. Returns what to say about it, and the
+    bandwidth in gigabytes per second."""
     await coordinator.introduce(well)
     until = time.monotonic() + MEET_SECONDS
     waiting = list(well)
@@ -120,9 +123,9 @@ async def _meet(
     for rank in waiting:
         problems[nodes[rank]] = failed[rank] or "did not finish an all-reduce with the other nodes"
     if waiting:
-        return f"; the all-reduce between them failed on {len(waiting)}"
+        return f"; the all-reduce between them failed on {len(waiting)}", None
     speed = statistics.median(_now(coordinator, rank)["gigabytes_per_second"] for rank in well)
-    return f", all-reduce {speed:.2f} GB/s"
+    return f", all-reduce {speed:.2f} GB/s", speed
 
 
 def _now(coordinator: Coordinator, rank: int) -> dict[str, Any]:

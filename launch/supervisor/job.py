@@ -52,14 +52,22 @@ class Job:
     """``train.steps``."""
     alert_command: str | None = None
     mail: str | None = None
+    part: str = ""
+    """Of the run, if the job is not its training: ``evaluate_2048``."""
+    batch_log_dir: str = ""
+    """Where Slurm puts the batch script's output, ``slurm-JOB.log``; off = with the ranks' logs."""
 
     @property
     def slurm_dir(self) -> Path:
-        return Path(self.run_dir) / "slurm"
+        return Path(self.run_dir) / "slurm" / self.part
 
     @property
     def log_dir(self) -> Path:
-        return Path(self.run_dir) / "logs"
+        return Path(self.run_dir) / "logs" / self.part
+
+    def batch_log(self, job_id: str) -> Path:
+        """What the batch script and Slurm itself say."""
+        return Path(self.batch_log_dir or self.log_dir) / f"slurm-{job_id}.log"
 
     def write(self) -> Path:
         path = self.slurm_dir / "job.json"

@@ -8,7 +8,7 @@ import asyncio
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from launch.failure import report
 from launch.supervisor import alerts, health
@@ -60,6 +60,7 @@ class Supervisor:
         self.attempts = 0
         self.stop_reason: str | None = None
         self.stop_asked = asyncio.Event()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     async def run(self) -> int:
         """Returns the batch script's exit code: that of the training."""
@@ -129,6 +130,7 @@ class Supervisor:
         while not ended.done():
             await asyncio.wait([ended], timeout=LOOK_SECONDS)
             self._look_at_the_clock()
+            self._pass_on_alerts()
             if self.stop_asked.is_set() and not told_to_stop and not ended.done():
                 told_to_stop = True
                 await self._stop_ranks(step)
@@ -236,7 +238,10 @@ class Supervisor:
             self.journal.write("sick", f"{node}: {problem}", node=node)
         good = [node for node in nodes if node not in sick]
         seconds = time.monotonic() - began
-        self.journal.write("health", f"{reports.summary} ({seconds:.1f} s)", seconds=seconds)
+        self.journal.write(
+            "health", f"{reports.summary} ({seconds:.1f} s)", seconds=seconds,
+            gigabytes_per_second=reports.gigabytes_per_second,
+        )  # fmt: skip
         return good, list(sick)
 
     def _choose(self, nodes: list[str]) -> list[str]:
@@ -250,7 +255,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        asyncio.ensure_future(self._listen_to_ranks())  # noqa: RUF006 (as long as the loop)
+        self._tasks.add(asyncio.ensure_future(self._listen_to_ranks()))
 
     async def _listen_to_ranks(self) -> None:
         while True:
@@ -275,6 +280,18 @@ class Supervisor:
         if left < lead:
             self._ask_to_stop(f"the allocation ends in {left:.0f} s")
 
+    def _pass_on_alerts(self) -> None:
+        """What rank 0 wants somebody to know: a spike, a save that failed."""
+        while self.coordinator.alerts:
+            kind, _, message = self.coordinator.alerts.pop(0).partition(": ")
+            self.journal.write("alert", f"{kind}: {message}")
+            self._send_alert(kind, message)
+
+    def _send_alert(self, kind: str, message: str) -> None:
+        sending = asyncio.to_thread(alerts.send, self.job, kind, message)
+        self._tasks.add(task := asyncio.ensure_future(sending))
+        task.add_done_callback(self._tasks.discard)
+
     def _name_straggler(self) -> None:
         found = self.coordinator.straggler()
         if found is not None and found[2] > STRAGGLER_RATIO:
@@ -286,5 +303,5 @@ class Supervisor:
         seed = int(self.allocation.job_id) * 31 + self.allocation.restart * 7 + self.attempts
         return FIRST_PORT + seed % PORTS
 
-    def _run_dir(self) -> Any:
-        return self.job.slurm_dir.parent
+    def _run_dir(self) -> Path:
+        return Path(self.job.run_dir)
