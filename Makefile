@@ -13,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 DEMO_DATA := data/sotu-bytes
 
-.PHONY: install demo test check lock clean
+.PHONY: install demo test check lock clean slurm-packages
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -40,7 +40,20 @@ $(DEMO_DATA): | $(INSTALLED)
 demo: $(INSTALLED) $(DEMO_DATA)
 	$(BIN)/python -m distributed_lm demo
 
-test: $(INSTALLED)
+# The tests run a Slurm of their own; without its packages, and root, those tests are skipped.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+
+slurm-packages:
+	@for command in slurmctld slurmd sbatch munged ip; do \
+	    command -v $$command >/dev/null && continue; \
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	        echo "no $$command here: the Slurm tests will be skipped"; break; \
+	    fi; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	        --no-install-recommends $(SLURM_PACKAGES) >/dev/null && break || exit 1; \
+	done
+
+test: $(INSTALLED) slurm-packages
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(INSTALLED)

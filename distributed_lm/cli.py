@@ -13,8 +13,8 @@ import typer
 
 from distributed_lm.checkpoints import Action
 from distributed_lm.checkpoints import checkpoints as show_checkpoints
-from distributed_lm.config import load_config
-from distributed_lm.errors import ConfigError, Stopped, UserError
+from distributed_lm.config import load_config, parse_lengths
+from distributed_lm.errors import Stopped, UserError
 from distributed_lm.ledger import ledger as compare_ledgers
 from distributed_lm.prepare_data import merge_data, prepare_data
 
@@ -59,7 +59,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Perplexity of a trained run at several context lengths."""
-    chosen = parse_lengths(lengths)
+    chosen = parse_lengths(lengths, "--lengths")
     _quiet_engines()
     from distributed_lm.evaluate import evaluate as run
 
@@ -136,21 +136,6 @@ def _quiet_engines() -> None:
     from distributed_lm import platform
 
     platform.quiet_engines()
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """``"1024,2048"`` as numbers; empty text is no lengths.
-
-    Raises:
-        ConfigError: on anything but positive whole numbers with commas between them.
-    """
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(
-            f"--lengths={text}: expected whole numbers of tokens with commas between them, "
-            "as in --lengths 1024,2048"
-        )
-    return tuple(int(part) for part in parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -353,6 +353,24 @@ def check_config(config: RunConfig) -> None:
         )
 
 
+def parse_lengths(text: str, option: str) -> tuple[int, ...]:
+    """``"1024,2048"`` as numbers; empty text is no lengths.
+
+    Args:
+        option: of the command line, for the message.
+
+    Raises:
+        ConfigError: on anything but positive whole numbers with commas between them.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"{option}={text}: expected whole numbers of tokens with commas between them, "
+            f"as in {option} 1024,2048"
+        )
+    return tuple(int(part) for part in parts)
+
+
 def _check_model(model: ModelConfig) -> None:
     heads = model.num_attention_heads
     if model.hidden_size % heads:

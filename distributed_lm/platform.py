@@ -145,7 +145,7 @@ class Stopwatch:
 
 def dump_flight_recorder(path: Path) -> None:
     """NCCL's record of the last collectives, for ``torch.distributed.flight_recorder``; on CUDA
-    and with ``TORCH_NCCL_TRACE_BUFFER_SIZE`` set."""
+    and with ``TORCH_FR_BUFFER_SIZE`` set."""
     if has_cuda():
         path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
 

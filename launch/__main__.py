@@ -1,4 +1,4 @@
-"""``python -m launch local CONFIG [key=value ...] [-- arguments of the command]``, and ``sync``."""
+"""``python -m launch``: start runs here or on a cluster, and look after them."""
 
 import sys
 from collections.abc import Sequence
@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
+from distributed_lm.config import parse_lengths
 from distributed_lm.errors import UserError
+from launch.array import submit_runs
 from launch.cluster import load_cluster
+from launch.ladder import check
 from launch.local import describe, plan_local, run_plan
 from launch.status import cancel, logs, status
 from launch.submit import Wishes, plan_submission, submit, test_only
@@ -117,8 +120,38 @@ def slurm(
     )
 
 
+@app.command()
+def array(
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Config files; fields for all."),
+    ],
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
+    ],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many runs at once. Default: all.")
+    ] = None,
+    evaluate: Annotated[
+        str, typer.Option(metavar="LENGTHS", help="Evaluate each afterwards, as in 1024,2048.")
+    ] = "",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of each run.")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="D-HH:MM:SS", help="Limit of one job.")
+    ] = None,
+) -> None:
+    """Submit several runs as one job array, and their evaluations after them."""
+    paths = [Path(text) for text in configs if "=" not in text]
+    overrides = [text for text in configs if "=" in text]
+    lengths = parse_lengths(evaluate, "--evaluate")
+    wishes = Wishes(nodes=nodes, time=time)
+    for run in submit_runs(paths, overrides, load_cluster(cluster), wishes, limit, lengths):
+        then = f", then its evaluations: job {run.evaluations}" if run.evaluations else ""
+        typer.echo(f"{run.run_dir}: job {run.job}{then}")
+
+
 # They carry their own options and help.
-for command in (status, logs, cancel, sync):
+for command in (check, status, logs, cancel, sync):
     app.command()(command)
 
 

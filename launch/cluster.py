@@ -13,12 +13,28 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from distributed_lm.errors import ConfigError
 
 CLUSTERS = Path("configs/clusters")
-# What may stand in a #SBATCH line and on a command line: nothing that a shell or Slurm would read
-# as more than text.
-PLAIN = r"^[^\x00-\x1f\"'`$\\;|&<>!#]*$"
-Plain = Annotated[str, Field(pattern=PLAIN)]
-Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+$")]
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+# Nothing that a shell would read as more than text. In a #SBATCH line no blank and no "#" either:
+# there Slurm would begin another option, or a comment.
+SPECIAL = r"\x00-\x1f\x7f\"'`$\\;<>!"
+WORD = rf"^[^\s{SPECIAL}#]+$"
+OPTION = rf"^--[^\s{SPECIAL}#]+$"
+IMAGE = rf"^[^\s{SPECIAL}]+$"
+PATH = rf"^/[^{SPECIAL}#]*$"
+NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+TIME = r"^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$"
+EXPECTED = {
+    WORD: "one word, without quotes or what else a shell or Slurm reads as more than text",
+    OPTION: "an option as in --reservation=NAME, without blanks or quotes",
+    IMAGE: "a path or a registry name, without blanks or quotes",
+    PATH: "a path from / on, without quotes, variables or ~",
+    NAME: "the name of a variable",
+    TIME: "minutes, HH:MM:SS or D-HH:MM:SS",
+}
+Word = Annotated[str, Field(pattern=WORD)]
+Option = Annotated[str, Field(pattern=OPTION)]
+AbsolutePath = Annotated[str, Field(pattern=PATH)]
+Time = Annotated[str, Field(pattern=TIME)]
+VariableName = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -26,28 +42,29 @@ class Section(BaseModel):
 
 
 class Variable(Section):
-    value: str
+    value: Annotated[str, Field(pattern=r"^[^\x00]*$")]
     reason: Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]*$")]
     """Why this cluster needs it; stands beside it in the script."""
 
 
 class Container(Section):
     kind: Literal["apptainer", "pyxis"]
-    image: Plain
+    image: Annotated[str, Field(pattern=IMAGE)]
     """Path of a ``.sif``, or for pyxis a ``.sqsh`` or registry name."""
-    mounts: tuple[Plain, ...] = ()
-    """Folders to be seen inside, as ``PATH`` or ``PATH:PLACE``; the run folder always is."""
-    python: Plain = "python3"
+    mounts: tuple[AbsolutePath, ...] = ()
+    """Folders to be seen inside, as ``PATH`` or ``PATH:PLACE``; the folders of the run, of its data
+    sets and ``scratch`` always are."""
+    python: Word = "python3"
     """Interpreter inside."""
 
 
 class Cluster(Section):
     """One cluster. Fields left out are not given to Slurm, which then uses its own default."""
 
-    partition: Plain | None = None
-    account: Plain | None = None
-    qos: Plain | None = None
-    constraint: Plain | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
     exclusive: bool = False
     nodes: PositiveInt = 1
     """Nodes of a run, unless ``--nodes`` says otherwise."""
@@ -56,25 +73,25 @@ class Cluster(Section):
     device: Literal["gpu", "cpu"] = "gpu"
     device_memory_gb: PositiveFloat | None = None
     """Of one device (of a CPU node: its memory over ``devices_per_node``), for the memory check."""
-    gpu_type: Plain | None = None
+    gpu_type: Word | None = None
     """As in ``--gpus-per-node=TYPE:N``."""
     cpus_per_task: PositiveInt | None = None
-    memory: Plain | None = None
+    memory: Word | None = None
     """Per node, as in ``--mem``; ``0`` is all of it."""
     time: Time = "1-00:00:00"
-    """Limit of one job; a run goes on over as many jobs as it takes."""
-    modules: tuple[Plain, ...] = ()
+    """Limit of one job; a run goes on over as many jobs as it takes. ``0`` = none."""
+    modules: tuple[Word, ...] = ()
     """Environment modules to load, in order."""
-    venv: Plain | None = None
+    venv: AbsolutePath | None = None
     """Virtual environment with ``distributed_lm``'s dependencies; off = the one in use now."""
     container: Container | None = None
-    network_interface: Plain | None = None
+    network_interface: Word | None = None
     """For gloo's and NCCL's sockets; off = the one that leads to the first node."""
     environment: dict[VariableName, Variable] = {}
     """Further variables of the ranks, each with its reason."""
-    shared: Plain | None = None
+    shared: AbsolutePath | None = None
     """Folder that all nodes see: run folders must be in it."""
-    scratch: Plain | None = None
+    scratch: AbsolutePath | None = None
     """Fast folder of each node for temporary files (``TMPDIR``)."""
     commands_on_nodes: bool = True
     """Whether ``scontrol`` is in the ``PATH`` of compute nodes. Then a run goes on in its
@@ -85,9 +102,9 @@ class Cluster(Section):
     """Before the end of the allocation, when to save and leave; more where saves take longer."""
     health_check: bool = True
     """Examine every node before training."""
-    sbatch_options: tuple[Plain, ...] = ()
+    sbatch_options: tuple[Option, ...] = ()
     """Further options of ``sbatch``, as in ``--reservation=NAME``."""
-    srun_options: tuple[Plain, ...] = ()
+    srun_options: tuple[Option, ...] = ()
     """Further options of ``srun``, as in ``--mpi=none``."""
 
 
@@ -112,10 +129,27 @@ def load_cluster(name: str) -> Cluster:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"]))
-        found = str(problem["input"])[:60]
-        raise ConfigError(f"{path}: {field}={found!r}: {problem['msg']}") from None
+        raise ConfigError(f"{path}: {_problem(error)}") from None
+
+
+def _problem(error: pydantic.ValidationError) -> str:
+    """The first one as 'field=found: expected'."""
+    problem: Any = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    field = field if field.isprintable() else repr(field)
+    found = str(problem["input"])[:60]
+    if not field:
+        return f"expected 'field: value' lines, found {found!r}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: no such field; launch/cluster.py explains them all"
+    if problem["type"] == "missing":
+        return f"{field}: missing; add it"
+    if problem["type"] == "string_pattern_mismatch":
+        expected = EXPECTED.get(problem["ctx"]["pattern"], "text on one line")
+        return f"{field}={found!r}: expected {expected}"
+    if field == "time":  # YAML reads 24:00:00 as a number in base 60
+        return f'{field}={found}: expected {EXPECTED[TIME]}, in quotes as in time: "24:00:00"'
+    return f"{field}={found!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def seconds_of(time: str) -> int:
@@ -125,8 +159,8 @@ def seconds_of(time: str) -> int:
     Raises:
         ConfigError: if it is none of them.
     """
-    if not re.match(r"^((\d+-)?\d{1,2}(:\d{2}){0,2}|\d+)$", time):
-        raise ConfigError(f"time {time!r}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+    if not re.fullmatch(TIME.strip("^$"), time):
+        raise ConfigError(f"time={time!r}: expected {EXPECTED[TIME]}")
     days, dash, rest = time.rpartition("-")
     numbers = [int(part) for part in rest.split(":")]
     if dash:

@@ -35,8 +35,9 @@ def _split(text: str) -> list[str]:
 def _expand_one(part: str) -> list[str]:
     """One name with any number of bracketed ranges; the last one varies fastest."""
     names = [""]
-    for ranges, plain in PIECE.findall(part):
-        endings = _expand_ranges(ranges) if ranges else [plain]
+    for piece in PIECE.finditer(part):
+        ranges, plain = piece.groups()
+        endings = [plain] if ranges is None else _expand_ranges(ranges)
         names = [name + ending for name in names for ending in endings]
     return names
 
@@ -48,5 +49,7 @@ def _expand_ranges(ranges: str) -> list[str]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"host list: {item!r} is not a number or a range of numbers")
         stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise ValueError(f"host list: {item!r} runs backwards")
         endings += [str(number).zfill(len(first)) for number in range(int(first), stop + 1)]
     return endings

@@ -105,7 +105,7 @@ def _state(run_dir: Path, journal: Sequence[Record]) -> str:
 def _jobs(journal: Sequence[Record]) -> list[str]:
     """Ids of all jobs of the run that the journal knows of."""
     known = [str(job) for event in journal for job in [*event.get("jobs", []), event["job"]]]
-    return sorted(set(known), key=int)
+    return sorted(set(known) - {"None"})
 
 
 def _progress(config: RunConfig | None, metrics: Sequence[Record]) -> list[Line]:

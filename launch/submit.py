@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "slurm/run.sbatch"
 PACKAGES = ("distributed_lm", "launch", "slurm")
 SBATCH_SECONDS = 60
+ACTIVE_STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
 # A checkpoint holds weights, masters and two moments; a run keeps at least two, and needs a third.
 CHECKPOINTS_ON_DISK = 3
 
@@ -91,13 +92,20 @@ def plan_submission(
     return Submission(config, job, script, script_path, wishes.chain)
 
 
-def render(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> str:
-    """The batch script, from the template."""
+def render(
+    config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job, job_file: Path | None = None
+) -> str:
+    """The batch script, from the template.
+
+    Args:
+        job_file: what the supervisor is to read, if not the job's own file.
+    """
     directives = "\n".join(f"#SBATCH {option}" for option in _options(config, cluster, wishes, job))
     python = sys.executable if cluster.container is None else "python3"
     if cluster.venv is not None:
         python = f"{cluster.venv}/bin/python"
-    supervisor = [python, "-m", "launch.supervisor", str(job.slurm_dir / "job.json")]
+    job_file = job_file or job.slurm_dir / "job.json"
+    supervisor = [python, "-m", "launch.supervisor", str(job_file)]
     return Script((ROOT / TEMPLATE).read_text(encoding="utf-8")).substitute(
         directives=directives,
         title=config.name,
@@ -116,30 +124,49 @@ def submit(submission: Submission) -> str:
         SubmitError: with what sbatch said.
     """
     job = submission.job
+    write_files(submission)
+    write_whole(submission.script_path, submission.script)
+    job_ids = [sbatch(job.sbatch) for _ in range(1 + submission.chain)]
+    record_jobs(job, job_ids)
+    return job_ids[0]
+
+
+def write_files(submission: Submission) -> None:
+    """What the supervisor and the ranks read: code, config, job.
+
+    Raises:
+        ConfigError: if an earlier launch of this run is still in the queue.
+    """
+    job = submission.job
     _check_not_running(job)
     _copy_code(Path(job.code))
     job.log_dir.mkdir(parents=True, exist_ok=True)
     write_whole(job.slurm_dir / "config.yaml", submission.config.to_yaml())
-    write_whole(submission.script_path, submission.script)
     job.write()
     (job.slurm_dir / CANCELLED).unlink(missing_ok=True)
-    job_id = _sbatch(job.sbatch)
-    chained = [_sbatch(job.sbatch) for _ in range(submission.chain)]
-    Journal(job.slurm_dir, job=job_id, restart=0).write(
-        "launch", f"submitted job {', '.join([job_id, *chained])}", jobs=[job_id, *chained]
-    )
-    return job_id
+    # Before the job can start: from here on the journal counts anew whether the run is finished,
+    # and restarts without progress.
+    Journal(job.slurm_dir, job=None, restart=0).record("launch", f"of {job.code_hash}")
+
+
+def record_jobs(job: Job, job_ids: list[str]) -> None:
+    """For ``status`` and ``cancel``: the jobs may still wait in the queue."""
+    journal = Journal(job.slurm_dir, job=job_ids[0], restart=0)
+    journal.record("submitted", f"job {', '.join(job_ids)}", jobs=job_ids)
 
 
 def test_only(submission: Submission) -> str | None:
     """What ``sbatch --test-only`` says to the script; None where there is no sbatch."""
     if shutil.which("sbatch") is None:
         return None
-    asked = subprocess.run(
-        ["sbatch", "--test-only"], input=submission.script, capture_output=True, text=True,
-        check=False, timeout=SBATCH_SECONDS, env=environment_without_slurm(), cwd="/",
-    )  # fmt: skip
-    return asked.stderr.strip() or asked.stdout.strip()
+    try:
+        asked = subprocess.run(
+            ["sbatch", "--test-only"], input=submission.script, capture_output=True, text=True,
+            check=False, timeout=SBATCH_SECONDS, env=environment_without_slurm(), cwd="/",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"no answer within {SBATCH_SECONDS} s"
+    return "; ".join((asked.stderr.strip() or asked.stdout.strip()).splitlines())
 
 
 def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> list[str]:
@@ -156,8 +183,8 @@ def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> l
         "mem": cluster.memory,
         "time": wishes.time or cluster.time,
         "signal": f"B:USR1@{job.lead_seconds}",
-        "output": _plain(job.log_dir / "slurm-%j.log"),
-        "chdir": _plain(job.code),
+        "output": f"{job.log_dir}/slurm-%j.log",
+        "chdir": job.code,
         "open-mode": "append",
     }
     if cluster.device == "gpu":
@@ -168,8 +195,10 @@ def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> l
     flags = ["--requeue"]
     if cluster.exclusive:
         flags.append("--exclusive")
-    if nodes > 1 and cluster.commands_on_nodes:
-        flags.append("--no-kill")  # a dead node need not take the allocation along
+    # A dead node need not take the allocation along; but if it is the first one, a task on another
+    # must be able to call scontrol, which a container hides.
+    if nodes > 1 and cluster.commands_on_nodes and cluster.container is None:
+        flags.append("--no-kill")
     named = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return named + flags + list(cluster.sbatch_options)
 
@@ -193,6 +222,13 @@ def _job(
     run_dir = config.run_dir
     slurm_dir = run_dir / "slurm"
     supervision = config.supervision
+    limit = wishes.time or cluster.time
+    lead_seconds = max(cluster.lead_seconds, _measured_lead(run_dir))
+    if 0 < seconds_of(limit) <= lead_seconds:
+        raise ConfigError(
+            f"time={limit} is {seconds_of(limit)} s, and a run stops to save {lead_seconds} s "
+            "before (lead_seconds in the cluster file, or what its saves have taken); ask for more"
+        )
     return Job(
         run_dir=str(run_dir),
         code=str(run_dir / "code" / hash_),
@@ -203,14 +239,14 @@ def _job(
         tasks_per_node=cluster.devices_per_node,
         devices_per_node=cluster.devices_per_node if cluster.device == "gpu" else 0,
         legal_nodes=_legal_nodes(config, nodes, cluster.devices_per_node),
-        time_seconds=seconds_of(wishes.time or cluster.time),
-        lead_seconds=max(cluster.lead_seconds, _measured_lead(run_dir)),
+        time_seconds=seconds_of(limit) or None,
+        lead_seconds=lead_seconds,
         hang_timeout_seconds=supervision.hang_timeout_seconds,
         max_restarts_without_progress=supervision.max_restarts_without_progress,
-        prefix=_container_prefix(cluster, run_dir),
-        srun_options=[*_container_options(cluster, run_dir), *cluster.srun_options],
+        prefix=_container_prefix(cluster, config),
+        srun_options=_srun_options(cluster, config),
         python=_task_python(cluster),
-        environment={},
+        environment={name: variable.value for name, variable in cluster.environment.items()},
         network_interface=cluster.network_interface,
         health_check=cluster.health_check,
         preemption_requeues=cluster.preemption_requeues,
@@ -223,28 +259,47 @@ def _job(
     )
 
 
+def _srun_options(cluster: Cluster, config: RunConfig) -> list[str]:
+    # Slurm 22.05 and later do not hand sbatch's --cpus-per-task on: each rank would get one core.
+    cpus = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
+    return [*cpus, *_container_options(cluster, config), *cluster.srun_options]
+
+
 def _task_python(cluster: Cluster) -> str:
     if cluster.container is not None:
         return cluster.container.python
     return f"{cluster.venv}/bin/python" if cluster.venv else sys.executable
 
 
-def _container_prefix(cluster: Cluster, run_dir: Path) -> list[str]:
+def _container_prefix(cluster: Cluster, config: RunConfig) -> list[str]:
     container = cluster.container
     if container is None or container.kind != "apptainer":
         return []
-    binds = [part for mount in (str(run_dir), *container.mounts) for part in ("--bind", mount)]
+    if not container.image.startswith("/") and "://" not in container.image:
+        raise ConfigError(
+            f"container.image={container.image!r}: expected a path from / on, or an address as in "
+            "docker://…: the ranks start in another folder than this one"
+        )
+    mounts = _mounts(cluster, config) + list(container.mounts)
     nvidia = ["--nv"] if cluster.device == "gpu" else []
+    binds = [part for mount in mounts for part in ("--bind", mount)]
     return ["apptainer", "exec", *nvidia, *binds, container.image]
 
 
-def _container_options(cluster: Cluster, run_dir: Path) -> list[str]:
+def _container_options(cluster: Cluster, config: RunConfig) -> list[str]:
     container = cluster.container
     if container is None or container.kind != "pyxis":
         return []
-    pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
-    mounts = ",".join([f"{run_dir}:{run_dir}", *pairs])
-    return [f"--container-image={container.image}", f"--container-mounts={mounts}"]
+    mounts = _mounts(cluster, config) + list(container.mounts)
+    pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(pairs)}"]
+
+
+def _mounts(cluster: Cluster, config: RunConfig) -> list[str]:
+    """Folders that a container must show for the run to work in it."""
+    data = config.data
+    paths = [str(config.run_dir), *(corpus.path for corpus in data.corpora), data.cache_path]
+    return [_plain("data.path", path) for path in [*paths, cluster.scratch] if path is not None]
 
 
 def _legal_nodes(config: RunConfig, nodes: int, devices: int) -> list[int]:
@@ -291,24 +346,26 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _check_shared(config: RunConfig, cluster: Cluster) -> None:
-    if cluster.shared is not None and not config.run_dir.is_relative_to(cluster.shared):
+    shared = Path(cluster.shared or "/").resolve()
+    if not config.run_dir.is_relative_to(shared):
         raise ConfigError(
             f"output_dir={config.output_dir} is not in {cluster.shared}, the folder that all nodes "
             f"of this cluster see; set output_dir={cluster.shared}/runs"
         )
-    _plain(config.run_dir)
+    _plain("output_dir", config.run_dir)
 
 
-def _plain(path: Path | str) -> str:
-    """A path for a #SBATCH line, which is split at blanks and knows ``%``-patterns.
+def _plain(field: str, path: Path | str) -> str:
+    """A path for a #SBATCH line, which is split at blanks and knows ``%``-patterns, for
+    ``PYTHONPATH`` and for a container's mounts.
 
     Raises:
         ConfigError: if something in it would be read as more than a name.
     """
     text = str(path)
-    if any(character in text for character in " \t\n\"'`$\\#"):
+    if not text.isprintable() or set(text) & set(" \"'`$\\#%:,;&|<>!"):
         raise ConfigError(
-            f"output_dir: {text!r} has a blank, a quote or another character that Slurm or a shell "
+            f"{field}: {text!r} has a blank, a quote or another character that Slurm or a shell "
             "reads as more than a name; choose another folder"
         )
     return text
@@ -318,7 +375,8 @@ def _check_not_running(job: Job) -> None:
     """Raises ConfigError if an earlier launch of this run is still in the queue."""
     if shutil.which("squeue") is None:
         return
-    jobs = [str(one) for e in read_journal(job.slurm_dir) for one in e.get("jobs", [])]
+    events = read_journal(job.slurm_dir)
+    jobs = sorted({str(one) for e in events for one in [*e.get("jobs", []), e["job"]]})
     if not jobs:
         return
     asked = subprocess.run(
@@ -327,7 +385,7 @@ def _check_not_running(job: Job) -> None:
         env=environment_without_slurm(),
     )  # fmt: skip
     active = [line for line in asked.stdout.splitlines() if line.strip()]
-    active = [line for line in active if line.split()[1] in ("PENDING", "RUNNING", "COMPLETING")]
+    active = [line for line in active if line.split()[1] in ACTIVE_STATES]
     if active:
         raise ConfigError(
             f"{job.run_dir}: job {active[0]} already works on this run; wait for it, or cancel it "
@@ -347,7 +405,7 @@ def _copy_code(folder: Path) -> None:
     draft.rename(folder)
 
 
-def _sbatch(arguments: list[str]) -> str:
+def sbatch(arguments: list[str]) -> str:
     """Submit; returns the job id."""
     try:
         asked = subprocess.run(
@@ -359,7 +417,8 @@ def _sbatch(arguments: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise SubmitError(f"sbatch did not answer within {SBATCH_SECONDS} s") from None
     if asked.returncode != 0:
-        raise SubmitError(f"sbatch said: {asked.stderr.strip() or asked.stdout.strip()}")
+        said = (asked.stderr.strip() or asked.stdout.strip()).splitlines()
+        raise SubmitError(f"sbatch said: {'; '.join(said)}")
     return asked.stdout.strip().split(";")[0]
 
 

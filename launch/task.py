@@ -46,8 +46,8 @@ def main() -> None:
         f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} job {os.environ['SLURM_JOB_ID']} restart "
         f"{os.environ.get('SLURM_RESTART_COUNT', '0')} step {os.environ['SLURM_STEP_ID']}: rank "
         f"{rank} of {world_size} on {socket.gethostname()}, meeting at {master['address']}:"
-        f"{master['port']}; sockets on {os.environ.get('GLOO_SOCKET_IFNAME', 'any interface')}, "
-        "which leads to the first node",
+        f"{master['port']}; sockets on {os.environ.get('GLOO_SOCKET_IFNAME', 'any interface')} "
+        f"({interface} leads to the first node)",
         flush=True,
     )
     code, is_ending = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])

@@ -25,7 +25,12 @@ def main() -> None:
         log_start=_size(job.batch_log(job_id)),
         times=_times(),
     )
-    sys.exit(asyncio.run(Supervisor(job, allocation).run()))
+    sys.exit(asyncio.run(_supervise(job, allocation)))
+
+
+async def _supervise(job: Job, allocation: Allocation) -> int:
+    """Made inside the loop, to which Python 3.9 binds queues and events when they are made."""
+    return await Supervisor(job, allocation).run()
 
 
 def _job(path: Path) -> Job:

@@ -121,6 +121,12 @@ class Coordinator:
         """Whether the ranks have agreed to stop."""
         return self._committed
 
+    @property
+    def is_falling_apart(self) -> bool:
+        """Whether some rank has ended without being asked to."""
+        gone = [member for member in self.members.values() if member.gone]
+        return bool(self.ends) or any(member.last_word is None for member in gone)
+
     async def agree_to_stop(self, reason: str) -> bool:
         """Make all ranks stop at one boundary and save; False if some rank does not answer."""
         margin = 1

@@ -23,12 +23,16 @@ class Journal:
         self._always = always
 
     def write(self, event: str, message: str = "", **values: Any) -> None:
-        """Record and print one event. A disk that does not take it is no reason to stop."""
+        """Record and print one event."""
+        said = f"{event}: {message}" if message else event
+        print(f"{time.strftime('%H:%M:%S')} supervisor: {said}", flush=True)
+        self.record(event, message, **values)
+
+    def record(self, event: str, message: str = "", **values: Any) -> None:
+        """Record one event. A disk that does not take it is no reason to stop."""
         record = {"time": time.time(), "event": event, "message": message}
         record.update(self._always)
         record.update(values)
-        said = f"{event}: {message}" if message else event
-        print(f"{time.strftime('%H:%M:%S')} supervisor: {said}", flush=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:

@@ -108,7 +108,9 @@ class Step:
             rank_code, ended_at = ends.get(rank, (code, time.time()))
             if rank_code:
                 output = _tail(path, self._starts[rank])
-                failures.append(Failure(rank, rank_code, ended_at, output, path))
+                by_signal = 128 < rank_code < 128 + signal.NSIG
+                code_or_signal = 128 - rank_code if by_signal else rank_code
+                failures.append(Failure(rank, code_or_signal, ended_at, output, path))
         return root_cause(failures)
 
 
@@ -122,6 +124,8 @@ def _tail(path: Path, start: int) -> str:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(start, size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    # Without what launch.task says of itself.
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("--- "))

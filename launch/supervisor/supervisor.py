@@ -32,6 +32,8 @@ LOOK_SECONDS = 0.5
 # A rank that is this much slower than the median rank is named.
 STRAGGLER_RATIO = 1.3
 STRAGGLER_SECONDS = 300.0
+# What it takes to notice that a rank has ended.
+NOTICE_SECONDS = 1.0
 # What Slurm gets to end a job that it has been asked to requeue.
 REQUEUE_SECONDS = 120.0
 FIRST_PORT, PORTS = 20000, 20000
@@ -258,8 +260,15 @@ class Supervisor:
         self._tasks.add(asyncio.ensure_future(self._listen_to_ranks()))
 
     async def _listen_to_ranks(self) -> None:
+        """Slurm can be told to warn the ranks and not us. But SIGTERM is also what srun ends the
+        others with when one has failed, and by then we know of that one."""
         while True:
-            self._on_signal(await self.coordinator.signals.get())
+            name = await self.coordinator.signals.get()
+            if name.startswith("SIGTERM"):
+                await asyncio.sleep(NOTICE_SECONDS)
+                if self.coordinator.is_falling_apart:
+                    continue
+            self._on_signal(name)
 
     def _on_signal(self, name: str) -> None:
         """Signals come twice and from all sides; the first one counts."""

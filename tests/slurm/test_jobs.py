@@ -27,7 +27,7 @@ def test_run_comes_to_its_end(jobs: Jobs, expected: list[float]) -> None:
     job = jobs.launch("plain")
     job.finish()
     assert job.losses() == expected
-    assert [event["event"] for event in job.journal()] == [
+    assert [event["event"] for event in job.journal() if event["event"] != "submitted"] == [
         "launch", "life", "health", "attempt", "finished",
     ]  # fmt: skip
     job.wait(lambda: job.slurm_state() == "COMPLETED", "COMPLETED")

@@ -63,12 +63,12 @@ def test_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("text", ["64;128", "64,", "-1", "0", "a"])
 def test_bad_lengths(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--lengths=.* expected whole numbers of tokens"):
-        cli.parse_lengths(text)
+        cli.parse_lengths(text, "--lengths")
 
 
 def test_lengths() -> None:
-    assert cli.parse_lengths("64, 128") == (64, 128)
-    assert cli.parse_lengths("") == ()
+    assert cli.parse_lengths("64, 128", "--lengths") == (64, 128)
+    assert cli.parse_lengths("", "--lengths") == ()
 
 
 @pytest.mark.parametrize(
