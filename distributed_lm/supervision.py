@@ -6,6 +6,7 @@ asked, and takes part in the agreement on where to stop (``launch/supervisor/coo
 the protocol). A rank that is cut off from its supervisor ends itself: its job goes on elsewhere.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -219,7 +220,8 @@ class Watchdog:
         """Where every thread is, and with NCCL which collectives were the last."""
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
-        self._extra_dump()
+        with contextlib.suppress(Exception):  # the watchdog must not die of it
+            self._extra_dump()
 
     def _promise(self, boundary: int) -> bool:
         with self._lock:

@@ -97,26 +97,23 @@ def _submit(
     first = submissions[0]
     folder = Path(first.job.run_dir).parent / "arrays" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     script, jobs = folder / "run.sbatch", folder / "jobs.json"
+    # What is said on the command line goes before what the script says.
+    options = [f"--job-name={name}", f"--output={folder}/slurm-%j.log"]
     paths = []
     for index, submission in enumerate(submissions):
         job = dataclasses.replace(
             submission.job,
             batch_log_dir=str(folder),
-            sbatch=[f"--array={index}", str(script)],
+            sbatch=[f"--array={index}", *options, str(script)],
         )
         write_files(dataclasses.replace(submission, job=job))
         paths.append(str(job.slurm_dir / "job.json"))
     write_whole(jobs, json.dumps(paths, indent=1))
     write_whole(script, render(first.config, cluster, wishes, first.job, jobs))
     at_once = f"%{limit}" if limit else ""
-    # What is said on the command line goes before what the script says.
-    options = [
-        f"--array=0-{len(submissions) - 1}{at_once}",
-        f"--job-name={name}",
-        f"--output={folder}/slurm-%j.log",
-        *([f"--dependency=afterok:{after}"] if after else []),
-    ]
-    array = sbatch([*options, str(script)])
+    dependency = [f"--dependency=afterok:{after}"] if after else []
+    tasks = f"--array=0-{len(submissions) - 1}{at_once}"
+    array = sbatch([tasks, *dependency, *options, str(script)])
     for index, submission in enumerate(submissions):
         record_jobs(submission.job, [f"{array}_{index}"])
     return array

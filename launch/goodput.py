@@ -47,11 +47,14 @@ def goodput(
     began = launches[0] if launches else min((m["time"] for m in metrics), default=0.0)
     ended = journal[-1]["time"] if _is_at_rest(journal) else (now or time.time())
     last: dict[int, float] = {}
-    trained = 0.0
+    trained, before = 0.0, 0
     for record in metrics:
+        if record.get("event") == "resume":
+            before = record["step"]
         if record["kind"] == "train" and "step_seconds" in record:
-            steps = record["step"] - _step_before(record, last)
-            seconds = record["step_seconds"] * max(1, steps)
+            # Lines may be further apart than a step (``train.log_every``).
+            seconds = record["step_seconds"] * max(1, record["step"] - before)
+            before = record["step"]
             trained += seconds
             last[record["step"]] = seconds
     counted = sum(last.values())
@@ -63,12 +66,6 @@ def goodput(
         evaluating=sum(m.get("evaluation_seconds", 0.0) for m in metrics),
         queueing=_queued(journal, ended),
     )
-
-
-def _step_before(record: Record, last: dict[int, float]) -> int:
-    """Of the line before, if the lines are further apart than a step (``train.log_every``)."""
-    before = [step for step in last if step < record["step"]]
-    return max(before, default=record["step"] - 1)
 
 
 def _is_at_rest(journal: Sequence[Record]) -> bool:

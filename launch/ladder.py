@@ -28,7 +28,7 @@ from launch.cluster import Cluster, load_cluster, seconds_of
 from launch.environment import environment_without_slurm
 from launch.status import cancel
 from launch.submit import ACTIVE_STATES, Submission, Wishes, plan_submission, submit
-from launch.supervisor.journal import newest_step, read_journal
+from launch.supervisor.journal import job_ids, newest_step, read_journal
 from launch.verdicts import Finding
 
 T = TypeVar("T")
@@ -344,8 +344,7 @@ class Launch:
             cancel(self.submission.config.run_dir)
 
     def _jobs_option(self) -> str:
-        known = {str(job) for one in self.journal() for job in [*one.get("jobs", []), one["job"]]}
-        return f"--jobs={','.join(sorted(known))}"
+        return f"--jobs={','.join(job_ids(self.journal()))}"
 
     def _look_at_the_queue(self) -> None:
         now = time.monotonic()

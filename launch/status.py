@@ -20,7 +20,7 @@ from distributed_lm.tracking.metrics_file import read_records
 from launch.environment import environment_without_slurm
 from launch.goodput import goodput
 from launch.supervisor.job import write_whole
-from launch.supervisor.journal import CANCELLED, newest_step, read_journal
+from launch.supervisor.journal import CANCELLED, job_ids, newest_step, read_journal
 
 Record = dict[str, Any]
 Line = tuple[str, str]
@@ -71,7 +71,7 @@ def logs(
 
 def cancel(run_dir: RunArgument) -> None:
     """Cancel all jobs of a run; it does not come back."""
-    jobs = _jobs(read_journal(run_dir / "slurm"))
+    jobs = job_ids(read_journal(run_dir / "slurm"))
     if not jobs:
         raise ConfigError(f"{run_dir}: no job was submitted for this run; give its run folder")
     # First: whatever of it still runs must not have itself queued again.
@@ -93,19 +93,15 @@ def _state(run_dir: Path, journal: Sequence[Record]) -> str:
     if (run_dir / "slurm" / CANCELLED).exists():
         return "cancelled"
     asked = _ask(
-        "squeue", "--noheader", "--format=%i %T %N %r", f"--jobs={','.join(_jobs(journal))}"
+        "squeue", "--noheader", "--format=%i %T %N %r", f"--jobs={','.join(job_ids(journal))}"
     )
     if asked is None:
         return f"{said}; squeue is not here to ask"
     queue = [" ".join(line.split()) for line in asked.splitlines()]
-    waiting = [line for line in queue if any(word in line for word in ("PENDING", "RUNNING", "CG"))]
+    waiting = [
+        line for line in queue if any(word in line for word in ("PENDING", "RUNNING", "COMPLETING"))
+    ]
     return f"{said}; queue: {'; '.join(waiting) or 'no job of this run'}"
-
-
-def _jobs(journal: Sequence[Record]) -> list[str]:
-    """Ids of all jobs of the run that the journal knows of."""
-    known = [str(job) for event in journal for job in [*event.get("jobs", []), event["job"]]]
-    return sorted(set(known) - {"None"})
 
 
 def _progress(config: RunConfig | None, metrics: Sequence[Record]) -> list[Line]:

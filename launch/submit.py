@@ -23,15 +23,13 @@ from launch.cluster import Cluster, seconds_of
 from launch.environment import environment_without_slurm
 from launch.health import code_hash
 from launch.supervisor.job import Job, write_whole
-from launch.supervisor.journal import CANCELLED, Journal, read_journal
+from launch.supervisor.journal import CANCELLED, Journal, job_ids, read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "slurm/run.sbatch"
 PACKAGES = ("distributed_lm", "launch", "slurm")
 SBATCH_SECONDS = 60
 ACTIVE_STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
-# A checkpoint holds weights, masters and two moments; a run keeps at least two, and needs a third.
-CHECKPOINTS_ON_DISK = 3
 
 
 class SubmitError(UserError):
@@ -126,9 +124,9 @@ def submit(submission: Submission) -> str:
     job = submission.job
     write_files(submission)
     write_whole(submission.script_path, submission.script)
-    job_ids = [sbatch(job.sbatch) for _ in range(1 + submission.chain)]
-    record_jobs(job, job_ids)
-    return job_ids[0]
+    submitted = [sbatch(job.sbatch) for _ in range(1 + submission.chain)]
+    record_jobs(job, submitted)
+    return submitted[0]
 
 
 def write_files(submission: Submission) -> None:
@@ -149,10 +147,10 @@ def write_files(submission: Submission) -> None:
     Journal(job.slurm_dir, job=None, restart=0).record("launch", f"of {job.code_hash}")
 
 
-def record_jobs(job: Job, job_ids: list[str]) -> None:
+def record_jobs(job: Job, submitted: list[str]) -> None:
     """For ``status`` and ``cancel``: the jobs may still wait in the queue."""
-    journal = Journal(job.slurm_dir, job=job_ids[0], restart=0)
-    journal.record("submitted", f"job {', '.join(job_ids)}", jobs=job_ids)
+    journal = Journal(job.slurm_dir, job=submitted[0], restart=0)
+    journal.record("submitted", f"job {', '.join(submitted)}", jobs=submitted)
 
 
 def test_only(submission: Submission) -> str | None:
@@ -250,7 +248,7 @@ def _job(
         network_interface=cluster.network_interface,
         health_check=cluster.health_check,
         preemption_requeues=cluster.preemption_requeues,
-        minimum_disk_bytes=CHECKPOINTS_ON_DISK * checkpoint_bytes(config, vocab_size),
+        minimum_disk_bytes=checkpoint_bytes(config, vocab_size),
         sbatch=[str(slurm_dir / "run.sbatch")],
         is_chained=wishes.chain > 0,
         steps=config.train.steps,
@@ -375,8 +373,7 @@ def _check_not_running(job: Job) -> None:
     """Raises ConfigError if an earlier launch of this run is still in the queue."""
     if shutil.which("squeue") is None:
         return
-    events = read_journal(job.slurm_dir)
-    jobs = sorted({str(one) for e in events for one in [*e.get("jobs", []), e["job"]]})
+    jobs = job_ids(read_journal(job.slurm_dir))
     if not jobs:
         return
     asked = subprocess.run(

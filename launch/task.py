@@ -16,8 +16,6 @@ import sys
 import time
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
-# Of distributed_lm.supervision: the rank has lost its supervisor.
-EXIT_CUT_OFF = 76
 GRACE_SECONDS = 5.0
 
 
@@ -51,7 +49,7 @@ def main() -> None:
         flush=True,
     )
     code, is_ending = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])
-    if code == EXIT_CUT_OFF and not is_ending and not answers(host, port):
+    if code and not is_ending and not answers(host, port):
         requeue()
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as line:
         line.sendall((json.dumps({"token": token, "rank": rank, "ended": code}) + "\n").encode())
@@ -107,6 +105,8 @@ def meet(host: str, port: int, token: str, rank: int) -> tuple[dict[str, str], s
             line.sendall((json.dumps(hello) + "\n").encode())
             answer = line.makefile().readline()
     except OSError as error:
+        if not answers(host, port):
+            requeue()
         sys.exit(
             f"error: {socket.gethostname()} cannot reach the first node at {host}:{port} "
             f"({error}); is a firewall between the nodes?"

@@ -209,6 +209,7 @@ class TrainingLoop:
         if self.save is None:
             return
         save, self.save = self.save, None
+        self.supervision.phase("save")
         self._check_lock()
         with self._tolerating_failed_saves(is_last):
             seconds = save.finish()
@@ -219,6 +220,7 @@ class TrainingLoop:
             self.supervision.note(saved_step=save.step, save_seconds=seconds["save_seconds"])
             if self.groups.is_first_rank:
                 self._prune(save.step)
+        self.supervision.phase("train")
 
     def _prune(self, newest_whole: int) -> None:
         problems: list[str] = []

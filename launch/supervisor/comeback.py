@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass, field
 
 from launch.environment import environment_without_slurm
-from launch.supervisor.job import Job
+from launch.supervisor.job import Job, write_whole
 from launch.supervisor.journal import CANCELLED
 
 COMMAND_SECONDS = 60.0
@@ -23,7 +23,7 @@ class Allocation:
     restart: int
     nodes: tuple[str, ...]
     log_start: int = 0
-    """Where this life's part of the job's log begins."""
+    """Where this life's part of the job's log begins, in bytes."""
     times: dict[str, float] = field(default_factory=dict)
     """When it was submitted and when it began, in seconds since the epoch, as far as known."""
 
@@ -34,9 +34,10 @@ class Allocation:
 
 def was_cancelled(job: Job, allocation: Allocation) -> bool:
     """Whether a user has cancelled the job: with ``launch cancel``, or with ``scancel``."""
-    if (job.slurm_dir / CANCELLED).exists():
-        return True
-    return slurms_reason(job, allocation) == "scancel"
+    marker = job.slurm_dir / CANCELLED
+    if not marker.exists() and slurms_reason(job, allocation) == "scancel":
+        write_whole(marker, "by scancel\n")  # the chain's next job must see it, too
+    return marker.exists()
 
 
 def slurms_reason(job: Job, allocation: Allocation) -> str | None:
@@ -46,10 +47,10 @@ def slurms_reason(job: Job, allocation: Allocation) -> str | None:
     the job's own log: ``*** JOB 13 ON node1 CANCELLED AT 2026-11-22T16:52:00 DUE TO PREEMPTION``.
     """
     try:
-        text = job.batch_log(allocation.job_id).read_text(encoding="utf-8", errors="replace")
+        content = job.batch_log(allocation.job_id).read_bytes()[allocation.log_start :]
     except OSError:
         return None
-    said = ENDING.findall(text[allocation.log_start :])
+    said = ENDING.findall(content.decode(errors="replace"))
     if not said:
         return None
     return said[-1].strip().lower().removeprefix("due to ") or "scancel"
@@ -58,25 +59,23 @@ def slurms_reason(job: Job, allocation: Allocation) -> str | None:
 def requeues_by_itself(job: Job, allocation: Allocation) -> bool:
     """Whether Slurm has put the job, which it preempts, back into the queue.
 
-    Of a job that it has killed instead it notes when; without scontrol the cluster file says.
+    Of a job that it has killed instead it notes when; where it cannot be asked the cluster file
+    says.
     """
-    if shutil.which("scontrol") is None:
+    record = _job_record(allocation)
+    if record is None:
         return job.preemption_requeues
-    return job_field(allocation, "PreemptTime") in ("", "None")
+    return record.get("PreemptTime", "None") == "None"
 
 
-def job_field(allocation: Allocation, name: str) -> str:
-    """Of ``scontrol show job``; empty where that cannot be asked."""
+def _job_record(allocation: Allocation) -> dict[str, str] | None:
+    """What ``scontrol show job`` says; None where it does not answer."""
     if shutil.which("scontrol") is None:
-        return ""
+        return None
     shown = _run(["scontrol", "--oneliner", "show", "job", allocation.job_id])
     if shown is None or shown.returncode != 0:
-        return ""
-    for word in shown.stdout.split():
-        key, _, value = word.partition("=")
-        if key == name:
-            return value
-    return ""
+        return None
+    return dict(word.partition("=")[::2] for word in shown.stdout.split())
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ class ComeBack:
     """Id of a job that was submitted for it."""
     is_requeued: bool = False
     """Whether Slurm is about to end this very job."""
+    may_work_later: bool = False
+    """Whether it is worth asking again: the controller may be away."""
 
 
 def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack:
@@ -101,7 +102,8 @@ def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack
         if asked is not None and asked.returncode == 0:
             return ComeBack(True, f"requeued job {allocation.job_id}", is_requeued=True)
     if shutil.which("sbatch"):
-        return _resubmit(job, excluded)
+        options = [f"--exclude={','.join(excluded)}"] if excluded else []
+        return resubmit(job, *options)
     if job.is_chained:
         return chain
     return ComeBack(
@@ -111,15 +113,21 @@ def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack
     )
 
 
-def _resubmit(job: Job, excluded: list[str]) -> ComeBack:
-    options = [f"--exclude={','.join(excluded)}"] if excluded else []
+def succeed(job: Job, allocation: Allocation) -> ComeBack:
+    """Submit the job that goes on when this one has ended, however it ends."""
+    return resubmit(job, f"--dependency=afterany:{allocation.job_id}")
+
+
+def resubmit(job: Job, *options: str) -> ComeBack:
+    """Submit this job once more."""
+    if shutil.which("sbatch") is None:
+        return ComeBack(False, "cannot come back: this node has no sbatch")
     submitted = _run(["sbatch", "--parsable", *options, *job.sbatch])
     if submitted is None or submitted.returncode != 0:
         reason = "no answer" if submitted is None else submitted.stderr.strip()
-        return ComeBack(False, f"cannot come back: sbatch said: {reason}")
+        return ComeBack(False, f"cannot come back: sbatch said: {reason}", may_work_later=True)
     job_id = submitted.stdout.strip().split(";")[0]
-    without = f" without {', '.join(excluded)}" if excluded else ""
-    return ComeBack(True, f"submitted job {job_id}{without}", job=job_id)
+    return ComeBack(True, " ".join([f"submitted job {job_id}", *options]), job=job_id)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:

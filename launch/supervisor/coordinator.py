@@ -177,7 +177,8 @@ class Coordinator:
                 twenty median steps, in other phases than ten times the minimum.
         """
         here = [member for member in self.members.values() if not member.gone]
-        silence = time.monotonic() - max([self._opened, *(member.moved for member in here)])
+        moved = [member.moved for member in self.members.values()]
+        silence = time.monotonic() - max([self._opened, *moved])
         limit = minimum_seconds
         if not here or any(member.phase != "train" for member in here):
             limit *= 10.0

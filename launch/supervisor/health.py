@@ -18,7 +18,7 @@ from launch.supervisor.coordinator import Coordinator
 from launch.supervisor.job import Job
 from launch.supervisor.step import Step, srun_command, task_environment
 
-REPORT_SECONDS = 60.0
+REPORT_SECONDS = 120.0
 """For a node to come up, import torch and compute."""
 MEET_SECONDS = 60.0
 CLOCK_SKEW_SECONDS = 5.0
@@ -70,13 +70,16 @@ async def _local_problems(
             break
         await asyncio.sleep(0.05)
     reports = {node: _report(coordinator, rank) for rank, node in enumerate(nodes)}
-    common = _most_common(job, [report for report in reports.values() if report])
+    heard = [report for report in reports.values() if report]
+    common = _most_common(job, heard)
+    # The first node's own clock may be the wrong one.
+    clock = statistics.median(report["clock_skew_seconds"] for report in heard) if heard else 0.0
     problems: dict[str, str | None] = {}
     for node, report in reports.items():
         if report is None:
             problems[node] = f"no report within {REPORT_SECONDS:.0f} s"
         else:
-            problems[node] = report.get("problem") or _difference(report, common)
+            problems[node] = report.get("problem") or _difference(report, common, clock)
     return problems
 
 
@@ -95,12 +98,13 @@ def _most_common(job: Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
     return {**common, "code": job.code_hash}
 
 
-def _difference(report: dict[str, Any], common: dict[str, Any]) -> str | None:
+def _difference(report: dict[str, Any], common: dict[str, Any], clock: float) -> str | None:
     for key, expected in common.items():
         if report.get(key) != expected:
             return f"{key} is {report.get(key)} here, {expected} on the other nodes"
-    if abs(report["clock_skew_seconds"]) > CLOCK_SKEW_SECONDS:
-        return f"its clock is {report['clock_skew_seconds']:+.1f} s off that of the first node"
+    skew = report["clock_skew_seconds"] - clock
+    if abs(skew) > CLOCK_SKEW_SECONDS:
+        return f"its clock is {skew:+.1f} s off that of the other nodes"
     return None
 
 

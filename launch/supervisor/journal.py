@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Journal:
 def read_journal(slurm_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; none if there are none."""
     try:
-        lines = (slurm_dir / JOURNAL).read_text(encoding="utf-8").splitlines()
+        lines = (slurm_dir / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     events = []
@@ -65,6 +66,12 @@ def is_finished(events: list[dict[str, Any]]) -> bool:
         if event["event"] in ("finished", "launch"):
             return bool(event["event"] == "finished")
     return False
+
+
+def job_ids(events: Sequence[dict[str, Any]]) -> list[str]:
+    """Of all jobs that have worked or are to work on the run."""
+    known = {str(job) for event in events for job in [*event.get("jobs", []), event["job"]] if job}
+    return sorted(known)
 
 
 def newest_step(run_dir: Path) -> int:

@@ -111,7 +111,7 @@ class Step:
                 by_signal = 128 < rank_code < 128 + signal.NSIG
                 code_or_signal = 128 - rank_code if by_signal else rank_code
                 failures.append(Failure(rank, code_or_signal, ended_at, output, path))
-        return root_cause(failures)
+        return root_cause(failures or [Failure(0, code, time.time(), "", self._log_dir)])
 
 
 def _sizes(log_dir: Path, tasks: int) -> list[int]:

@@ -5,8 +5,11 @@ again after a crash or a hang, and has the job come back until the run is finish
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
 import signal
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +21,12 @@ from launch.supervisor.comeback import (
     come_back,
     requeues_by_itself,
     slurms_reason,
+    succeed,
     was_cancelled,
 )
 from launch.supervisor.coordinator import Coordinator
 from launch.supervisor.job import Job
-from launch.supervisor.journal import Journal, is_finished, newest_step
+from launch.supervisor.journal import CANCELLED, Journal, is_finished, newest_step
 from launch.supervisor.step import Step, srun_command, task_environment
 
 # EX_TEMPFAIL of sysexits.h: stopped in time, saved, and to be continued.
@@ -36,7 +40,13 @@ STRAGGLER_SECONDS = 300.0
 NOTICE_SECONDS = 1.0
 # What Slurm gets to end a job that it has been asked to requeue.
 REQUEUE_SECONDS = 120.0
-FIRST_PORT, PORTS = 20000, 20000
+FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to clients
+AGREEMENTS = 3
+# How long Slurm is asked again that does not answer, and how often.
+PATIENCE_SECONDS, RETRY_SECONDS = 900.0, 15.0
+# What counts how much towards max_restarts_without_progress. Being stopped is nobody's fault,
+# unless the run never gets to a checkpoint in between.
+WEIGHTS = {"crash": 1.0, "hang": 1.0, "unfit": 1.0, "stopped": 0.25}
 
 
 @dataclass(frozen=True)
@@ -60,28 +70,40 @@ class Supervisor:
         self.port = 0
         self.started = time.monotonic()
         self.attempts = 0
+        self.slowest_save = 0.0
+        """Seconds, of this life."""
         self.stop_reason: str | None = None
         self.stop_asked = asyncio.Event()
+        self.terminated = asyncio.Event()
+        """Slurm is ending this script."""
+        self.successor: ComeBack | None = None
+        """The job that goes on, if it had to be submitted before the ranks had saved."""
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def run(self) -> int:
-        """Returns the batch script's exit code: that of the training."""
-        job = self.job
+        """Returns the batch script's exit code: that of the training.
+
+        What nobody has thought of must not end a run of two weeks: it is a crash like any other.
+        """
+        try:
+            return await self._run()
+        except Exception:
+            self.journal.write("crash", f"of the supervisor: {traceback.format_exc()}")
+            return await self._come_back("the supervisor crashed", [], 1)
+
+    async def _run(self) -> int:
         nodes = list(self.allocation.nodes)
         self.journal.write("life", f"on {', '.join(nodes)}", nodes=nodes, **self.allocation.times)
         if self._is_over():
             return 0
         self.port = await self.coordinator.start()
         self._listen()
-        excluded: list[str] = []
         nodes, sick = await self._healthy_nodes()
-        if sick and len(nodes) < job.nodes:
-            excluded = sick
-            way = await asyncio.to_thread(come_back, job, self.allocation, sick)
-            if way.works:
-                return await self._leave(way, EXIT_STOPPED)
-            self.journal.write("note", way.message)
-        return await self._attempt_until_done(nodes, excluded)
+        if self.stop_asked.is_set():  # and the examination may be a victim of its reason
+            return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
+        if sick and len(nodes) < self.job.nodes and shutil.which("sbatch"):
+            return await self._come_back(f"sick: {', '.join(sick)}", sick, EXIT_STOPPED)
+        return await self._attempt_until_done(nodes, sick)
 
     async def _attempt_until_done(self, nodes: list[str], excluded: list[str]) -> int:
         while True:
@@ -93,15 +115,14 @@ class Supervisor:
             self.journal.write(outcome.kind, outcome.message, code=outcome.code)
             if outcome.kind == "finished":
                 return 0
+            if outcome.kind != "stopped":
+                await asyncio.to_thread(alerts.send, self.job, outcome.kind, outcome.message)
             if outcome.kind == "mistake":
                 return outcome.code
-            if outcome.kind == "stopped":
+            if self.stop_asked.is_set():
                 return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
-            await asyncio.to_thread(alerts.send, self.job, outcome.kind, outcome.message)
             if self._is_loop():
                 return outcome.code
-            if self.stop_asked.is_set():  # it was to stop, and could not any more
-                return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
             nodes, sick = await self._healthy_nodes()
             excluded += [node for node in sick if node not in excluded]
 
@@ -150,10 +171,28 @@ class Supervisor:
     async def _stop_ranks(self, step: Step) -> None:
         reason = self.stop_reason or ""
         self.journal.write("stopping", reason)
-        if not await self.coordinator.agree_to_stop(reason):
-            self.journal.write("note", "not every rank answers: ending them as they are")
-            await self.coordinator.end_ranks("asked to stop, and some rank does not answer")
-            await step.end()
+        if reason.startswith("SIGTERM"):
+            await self._provide_for_the_end()
+        for _ in range(AGREEMENTS):
+            if await self.coordinator.agree_to_stop(reason):
+                return
+        self.journal.write("note", "not every rank answers: ending them as they are")
+        await self.coordinator.end_ranks("asked to stop, and some rank does not answer")
+        await step.end()
+
+    async def _provide_for_the_end(self) -> None:
+        """Slurm ends the job, perhaps before the ranks have saved: what goes on must be in the
+        queue by then."""
+        await asyncio.sleep(NOTICE_SECONDS)  # until slurmstepd has said why
+        job, allocation = self.job, self.allocation
+        cause = await asyncio.to_thread(slurms_reason, job, allocation)
+        if cause not in ("preemption", "time limit") or job.is_chained:
+            return
+        if cause == "preemption" and await asyncio.to_thread(requeues_by_itself, job, allocation):
+            return
+        self.successor = await asyncio.to_thread(succeed, job, allocation)
+        if self.successor.works:
+            self.journal.write("submitted", self.successor.message, jobs=[self.successor.job])
 
     def _judge(self, step: Step, code: int, hang: str | None, seconds: float) -> Outcome:
         said = self.coordinator
@@ -169,8 +208,9 @@ class Supervisor:
             return Outcome("crash", 1, "the ranks ended without finishing the run")
         failure = step.why(code, said.ends, seconds)
         message, code = report([failure], self.coordinator.expected, seconds)
-        kind = "mistake" if failure.return_code == EXIT_USER_ERROR else "crash"
-        return Outcome(kind, code, message)
+        # Of a run that has worked before, even a wrong file name is a mount that went away.
+        is_mistake = failure.return_code == EXIT_USER_ERROR and not newest_step(self._run_dir())
+        return Outcome("mistake" if is_mistake else "crash", code, message)
 
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
         job, allocation = self.job, self.allocation
@@ -181,19 +221,33 @@ class Supervisor:
         if self._is_loop():
             return code
         cause = await asyncio.to_thread(slurms_reason, job, allocation)
+        if self.successor is not None and self.successor.works:
+            return await self._leave(self.successor, code, cause or reason)
         if cause == "preemption" and await asyncio.to_thread(requeues_by_itself, job, allocation):
             return await self._leave(
                 ComeBack(True, "Slurm requeues the job by itself"), code, cause
             )
-        way = await asyncio.to_thread(come_back, job, allocation, excluded)
+        way = await self._find_a_way(excluded)
         return await self._leave(way, code, cause or reason)
+
+    async def _find_a_way(self, excluded: list[str]) -> ComeBack:
+        """The controller may be away for a while, and this is the run's only chance."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            way = await asyncio.to_thread(come_back, self.job, self.allocation, excluded)
+            if way.works or not way.may_work_later or time.monotonic() > until:
+                return way
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _leave(self, way: ComeBack, code: int, reason: str = "") -> int:
         message = f"{reason}; {way.message}" if reason else way.message
         jobs = {} if way.job is None else {"jobs": [way.job]}
         self.journal.write("leave", message, code=code, **jobs)
-        if way.is_requeued:  # to end this script ourselves could complete the job
-            await asyncio.sleep(REQUEUE_SECONDS)
+        if not way.works and not (self.job.slurm_dir / CANCELLED).exists():
+            await asyncio.to_thread(alerts.send, self.job, "lost", message)
+        if way.is_requeued:  # to end this script before Slurm does could complete the job
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.terminated.wait(), REQUEUE_SECONDS)
         return code
 
     def _is_over(self) -> bool:
@@ -209,11 +263,11 @@ class Supervisor:
     def _is_loop(self) -> bool:
         """Whether too many attempts in a row have ended without a new checkpoint."""
         events = self.journal.read()
-        step, count = newest_step(self._run_dir()), 0
+        step, count = newest_step(self._run_dir()), 0.0
         for event in reversed(events):
             if event["event"] in ("progress", "launch"):
                 break
-            count += event["event"] in ("crash", "hang")
+            count += WEIGHTS.get(event["event"], 0.0)
         if step > max((event.get("progress", 0) for event in events), default=0):
             self.journal.write("progress", f"checkpoint of step {step}", progress=step)
             return False
@@ -221,7 +275,7 @@ class Supervisor:
         if count <= limit:
             return False
         message = (
-            f"{count} failures in a row without a new checkpoint; the run stops until it is "
+            f"{count:g} failures in a row without a new checkpoint; the run stops until it is "
             f"launched again (max_restarts_without_progress={limit})"
         )
         self.journal.write("loop", message)
@@ -238,6 +292,12 @@ class Supervisor:
         sick = {node: problem for node, problem in reports.problems.items() if problem}
         for node, problem in sick.items():
             self.journal.write("sick", f"{node}: {problem}", node=node)
+        if len(sick) > len(nodes) / 2:
+            # Not so many at once: it is something that they share, and the ranks will tell.
+            self.journal.write("note", "more than half of the nodes: none is left out")
+            sick = {}
+        elif sick:
+            self.journal.write("unfit", f"without {', '.join(sick)}")
         good = [node for node in nodes if node not in sick]
         seconds = time.monotonic() - began
         self.journal.write(
@@ -272,6 +332,8 @@ class Supervisor:
 
     def _on_signal(self, name: str) -> None:
         """Signals come twice and from all sides; the first one counts."""
+        if name == "SIGTERM":
+            self.terminated.set()
         self._ask_to_stop(name)
 
     def _ask_to_stop(self, reason: str) -> None:
@@ -283,8 +345,9 @@ class Supervisor:
         """Stop in time by ourselves: Slurm looks at time limits, and warns, once in 30 s only."""
         if self.job.time_seconds is None:
             return
-        save_seconds = float(self.coordinator.notes.get("save_seconds", 0.0))
-        lead = max(self.job.lead_seconds, 3.0 * save_seconds + 30.0)
+        newest = float(self.coordinator.notes.get("save_seconds", 0.0))
+        self.slowest_save = max(self.slowest_save, newest)
+        lead = max(self.job.lead_seconds, 3.0 * self.slowest_save + 30.0)
         left = self.job.time_seconds - (time.monotonic() - self.started)
         if left < lead:
             self._ask_to_stop(f"the allocation ends in {left:.0f} s")

@@ -1,6 +1,9 @@
 """The warning signal at any moment: in training, in an evaluation, in a save, before the first
 step, and where the nodes have no commands of Slurm's."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +91,36 @@ def test_names_that_lead_nowhere(
         job = Jobs(cluster, demo_data, tmp_path).launch("nameless")
         job.finish()
         assert job.losses() == expected
+
+
+def test_cancelled_while_the_nodes_are_examined(jobs: Jobs) -> None:
+    """The examination is a victim: no node is sick, and the run does not come back."""
+    job = jobs.launch("examined")
+    job.wait(lambda: job.journal("life"), "the first life", 30)
+    jobs.cluster.run(["scancel", job.job_id])
+    job.wait(lambda: job.slurm_state() == "CANCELLED", "CANCELLED")
+    jobs.cluster.wait_until(
+        lambda: not jobs.cluster.run(["squeue", "-h"]).stdout or None, 60, "empty queue"
+    )
+    assert len(job.journal("life")) == 1
+    assert not job.journal("attempt")
+
+
+def test_controller_away_when_the_run_wants_to_come_back(
+    demo_data: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    with SlurmCluster() as cluster:
+        job = Jobs(cluster, demo_data, tmp_path).launch("patient")
+        job.reach(12)
+        cluster.stop_controller()
+        [supervisor] = [
+            pid for pid, command in cluster.processes("node1") if "launch.supervisor" in command
+        ]
+        os.kill(supervisor, signal.SIGUSR1)
+        job.wait(lambda: job.journal("stopped"), "the stop", 60)
+        time.sleep(2)
+        assert not job.journal("leave")
+        cluster.start_controller()
+        job.finish(120)
+        assert job.losses() == expected
+        assert len(job.journal("life")) == 2

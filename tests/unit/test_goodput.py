@@ -42,7 +42,7 @@ def test_every_second_is_accounted_for() -> None:
 
 def test_lines_further_apart_than_a_step_count_all_their_steps() -> None:
     spent = goodput([step(10, 5, 1.0), step(20, 10, 1.0)], [event(0, "launch"), event(1, "life")])
-    assert spent.training == 1.0 + 5.0
+    assert spent.training == 5.0 + 5.0
 
 
 def test_a_run_in_the_queue_is_queueing_until_now() -> None:
