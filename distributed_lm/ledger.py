@@ -1,11 +1,11 @@
 """``distributed-lm ledger``: did two runs see the same tokens in the same updates? No torch."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from distributed_lm.errors import DataError
+from distributed_lm.tracking.metrics_file import parse_records
 
 
 def ledger(first: Path, second: Path) -> bool:
@@ -47,15 +47,11 @@ def read_digests(run_dir: Path) -> dict[int, str]:
     """step -> data digest, from ``metrics.jsonl``; what a rewound run did again counts last."""
     path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records = parse_records(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a run folder") from None
-    digests: dict[int, str] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
-            continue
-        if record.get("kind") == "train":
-            digests[int(record["step"])] = str(record["data_digest"])
-    return digests
+    return {
+        int(record["step"]): str(record["data_digest"])
+        for record in records
+        if record["kind"] == "train"
+    }

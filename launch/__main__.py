@@ -14,9 +14,10 @@ from launch.array import submit_runs
 from launch.cluster import load_cluster
 from launch.ladder import check
 from launch.local import describe, plan_local, run_plan
+from launch.script import Wishes
 from launch.status import cancel, logs, status
-from launch.submit import Wishes, plan_submission, submit, test_only
 from launch.submit import describe as describe_submission
+from launch.submit import plan_submission, submit, test_only
 from launch.sync import sync
 
 app = typer.Typer(

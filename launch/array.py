@@ -11,15 +11,8 @@ from pathlib import Path
 
 from distributed_lm.errors import ConfigError
 from launch.cluster import Cluster
-from launch.submit import (
-    Submission,
-    Wishes,
-    plan_submission,
-    record_jobs,
-    render,
-    sbatch,
-    write_files,
-)
+from launch.script import Wishes, render
+from launch.submit import Submission, plan_submission, record_jobs, sbatch, write_files
 from launch.supervisor.job import write_whole
 
 

@@ -26,8 +26,9 @@ from distributed_lm.tracking.metrics_file import read_records
 from launch import verdicts
 from launch.cluster import Cluster, load_cluster, seconds_of
 from launch.environment import environment_without_slurm
+from launch.script import Wishes
 from launch.status import cancel
-from launch.submit import ACTIVE_STATES, Submission, Wishes, plan_submission, submit
+from launch.submit import ACTIVE_STATES, Submission, plan_submission, submit
 from launch.supervisor.journal import job_ids, newest_step, read_journal
 from launch.verdicts import Finding
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.data.manifest import read_manifest
@@ -22,11 +19,11 @@ from distributed_lm.planner.memory import check_fits, checkpoint_bytes
 from launch.cluster import Cluster, seconds_of
 from launch.environment import environment_without_slurm
 from launch.health import code_hash
+from launch.script import Wishes, container_prefix, plain, render, srun_options, task_python
 from launch.supervisor.job import Job, write_whole
 from launch.supervisor.journal import CANCELLED, Journal, job_ids, read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATE = "slurm/run.sbatch"
 PACKAGES = ("distributed_lm", "launch", "slurm")
 SBATCH_SECONDS = 60
 ACTIVE_STATES = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
@@ -36,12 +33,6 @@ class SubmitError(UserError):
     """Slurm did not take the job."""
 
     exit_code = 1
-
-
-class Script(Template):
-    """With ``@name``: ``$`` is the shell's."""
-
-    delimiter = "@"
 
 
 @dataclass(frozen=True)
@@ -54,18 +45,6 @@ class Submission:
     script_path: Path
     chain: int
     """Further jobs that wait to go on with the run; 0 = none."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the command line asks of one launch, beside the config; None = as the cluster file."""
-
-    nodes: int | None = None
-    time: str | None = None
-    spare_nodes: int = 0
-    chain: int = 0
-    alert_command: str | None = None
-    mail: str | None = None
 
 
 def plan_submission(
@@ -88,28 +67,6 @@ def plan_submission(
     script_path = job.slurm_dir / "run.sbatch"
     script = render(config, cluster, wishes, job)
     return Submission(config, job, script, script_path, wishes.chain)
-
-
-def render(
-    config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job, job_file: Path | None = None
-) -> str:
-    """The batch script, from the template.
-
-    Args:
-        job_file: what the supervisor is to read, if not the job's own file.
-    """
-    directives = "\n".join(f"#SBATCH {option}" for option in _options(config, cluster, wishes, job))
-    python = sys.executable if cluster.container is None else "python3"
-    if cluster.venv is not None:
-        python = f"{cluster.venv}/bin/python"
-    job_file = job_file or job.slurm_dir / "job.json"
-    supervisor = [python, "-m", "launch.supervisor", str(job_file)]
-    return Script((ROOT / TEMPLATE).read_text(encoding="utf-8")).substitute(
-        directives=directives,
-        title=config.name,
-        environment="\n".join(_setup(cluster, job)),
-        supervisor=shlex.join(supervisor),
-    )
 
 
 def submit(submission: Submission) -> str:
@@ -167,53 +124,6 @@ def test_only(submission: Submission) -> str | None:
     return "; ".join((asked.stderr.strip() or asked.stdout.strip()).splitlines())
 
 
-def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> list[str]:
-    nodes = job.nodes + job.spare_nodes
-    options = {
-        "job-name": config.name,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "nodes": nodes,
-        "ntasks-per-node": cluster.devices_per_node,
-        "cpus-per-task": cluster.cpus_per_task,
-        "mem": cluster.memory,
-        "time": wishes.time or cluster.time,
-        "signal": f"B:USR1@{job.lead_seconds}",
-        "output": f"{job.log_dir}/slurm-%j.log",
-        "chdir": job.code,
-        "open-mode": "append",
-    }
-    if cluster.device == "gpu":
-        kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
-        options["gpus-per-node"] = f"{kind}{cluster.devices_per_node}"
-    if wishes.chain:
-        options["dependency"] = "singleton"
-    flags = ["--requeue"]
-    if cluster.exclusive:
-        flags.append("--exclusive")
-    # A dead node need not take the allocation along; but if it is the first one, a task on another
-    # must be able to call scontrol, which a container hides.
-    if nodes > 1 and cluster.commands_on_nodes and cluster.container is None:
-        flags.append("--no-kill")
-    named = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return named + flags + list(cluster.sbatch_options)
-
-
-def _setup(cluster: Cluster, job: Job) -> list[str]:
-    """Lines of shell: modules, and the path on which the supervisor is found."""
-    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
-    lines += [f"# {name}: {variable.reason}" for name, variable in cluster.environment.items()]
-    lines += [
-        f"export {name}={shlex.quote(variable.value)}"
-        for name, variable in cluster.environment.items()
-    ]
-    if cluster.scratch is not None:
-        lines.append(f"export TMPDIR={shlex.quote(cluster.scratch)}")
-    return [*lines, f"export PYTHONPATH={shlex.quote(job.code)}"]
-
-
 def _job(
     config: RunConfig, cluster: Cluster, wishes: Wishes, nodes: int, hash_: str, vocab_size: int
 ) -> Job:
@@ -241,9 +151,9 @@ def _job(
         lead_seconds=lead_seconds,
         hang_timeout_seconds=supervision.hang_timeout_seconds,
         max_restarts_without_progress=supervision.max_restarts_without_progress,
-        prefix=_container_prefix(cluster, config),
-        srun_options=_srun_options(cluster, config),
-        python=_task_python(cluster),
+        prefix=container_prefix(cluster, config),
+        srun_options=srun_options(cluster, config),
+        python=task_python(cluster),
         environment={name: variable.value for name, variable in cluster.environment.items()},
         network_interface=cluster.network_interface,
         health_check=cluster.health_check,
@@ -255,49 +165,6 @@ def _job(
         alert_command=wishes.alert_command,
         mail=wishes.mail,
     )
-
-
-def _srun_options(cluster: Cluster, config: RunConfig) -> list[str]:
-    # Slurm 22.05 and later do not hand sbatch's --cpus-per-task on: each rank would get one core.
-    cpus = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    return [*cpus, *_container_options(cluster, config), *cluster.srun_options]
-
-
-def _task_python(cluster: Cluster) -> str:
-    if cluster.container is not None:
-        return cluster.container.python
-    return f"{cluster.venv}/bin/python" if cluster.venv else sys.executable
-
-
-def _container_prefix(cluster: Cluster, config: RunConfig) -> list[str]:
-    container = cluster.container
-    if container is None or container.kind != "apptainer":
-        return []
-    if not container.image.startswith("/") and "://" not in container.image:
-        raise ConfigError(
-            f"container.image={container.image!r}: expected a path from / on, or an address as in "
-            "docker://…: the ranks start in another folder than this one"
-        )
-    mounts = _mounts(cluster, config) + list(container.mounts)
-    nvidia = ["--nv"] if cluster.device == "gpu" else []
-    binds = [part for mount in mounts for part in ("--bind", mount)]
-    return ["apptainer", "exec", *nvidia, *binds, container.image]
-
-
-def _container_options(cluster: Cluster, config: RunConfig) -> list[str]:
-    container = cluster.container
-    if container is None or container.kind != "pyxis":
-        return []
-    mounts = _mounts(cluster, config) + list(container.mounts)
-    pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
-    return [f"--container-image={container.image}", f"--container-mounts={','.join(pairs)}"]
-
-
-def _mounts(cluster: Cluster, config: RunConfig) -> list[str]:
-    """Folders that a container must show for the run to work in it."""
-    data = config.data
-    paths = [str(config.run_dir), *(corpus.path for corpus in data.corpora), data.cache_path]
-    return [_plain("data.path", path) for path in [*paths, cluster.scratch] if path is not None]
 
 
 def _legal_nodes(config: RunConfig, nodes: int, devices: int) -> list[int]:
@@ -350,23 +217,7 @@ def _check_shared(config: RunConfig, cluster: Cluster) -> None:
             f"output_dir={config.output_dir} is not in {cluster.shared}, the folder that all nodes "
             f"of this cluster see; set output_dir={cluster.shared}/runs"
         )
-    _plain("output_dir", config.run_dir)
-
-
-def _plain(field: str, path: Path | str) -> str:
-    """A path for a #SBATCH line, which is split at blanks and knows ``%``-patterns, for
-    ``PYTHONPATH`` and for a container's mounts.
-
-    Raises:
-        ConfigError: if something in it would be read as more than a name.
-    """
-    text = str(path)
-    if not text.isprintable() or set(text) & set(" \"'`$\\#%:,;&|<>!"):
-        raise ConfigError(
-            f"{field}: {text!r} has a blank, a quote or another character that Slurm or a shell "
-            "reads as more than a name; choose another folder"
-        )
-    return text
+    plain("output_dir", config.run_dir)
 
 
 def _check_not_running(job: Job) -> None:

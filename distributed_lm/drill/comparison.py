@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distributed_lm.checkpoint.folders import checkpoint_path
 from distributed_lm.checkpoint.plain import PlainCheckpoint
-from distributed_lm.drill.lives import parse_lines
 from distributed_lm.errors import DataError
+from distributed_lm.tracking.metrics_file import parse_records
 
 Records = dict[int, dict[str, Any]]
 
@@ -78,7 +78,7 @@ def read_records(run_dir: Path) -> Records:
     """step -> its train line; what was done again counts as done last."""
     path = run_dir / "metrics.jsonl"
     try:
-        lines = parse_lines(path.read_bytes())
+        lines = parse_records(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     return {line["step"]: line for line in lines if line["kind"] == "train"}

@@ -4,7 +4,6 @@ The watcher sees what a user sees: the lines of ``metrics.jsonl`` and the proces
 """
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -15,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from distributed_lm.errors import TrainingError
+from distributed_lm.tracking.metrics_file import parse_records
 
 POLL_SECONDS = 0.002
 
@@ -126,7 +125,7 @@ class Life:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._position += len(whole) + len(newline)
         self.steps += [
-            (line["step"], line["time"]) for line in parse_lines(whole) if line["kind"] == "train"
+            (line["step"], line["time"]) for line in parse_records(whole) if line["kind"] == "train"
         ]
 
     def _why(self) -> str:
@@ -221,17 +220,6 @@ def rank_processes(launcher: int) -> dict[int, int]:
             if name == b"RANK":
                 found[int(value)] = int(folder.name)
     return found
-
-
-def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; what a kill has torn is left out."""
-    records = []
-    for line in content.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def _end_of_whole_lines(path: Path) -> int:

@@ -77,13 +77,17 @@ def decode(line: str | bytes) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a file, of all lives; none if there is no file. Torn lines are left out."""
+    """All records of a file, of all lives; none if there is no file."""
     try:
-        lines = path.read_bytes().splitlines()
+        return parse_records(path.read_bytes())
     except FileNotFoundError:
         return []
+
+
+def parse_records(content: bytes) -> list[dict[str, Any]]:
+    """The records in a piece of a file; what a kill has torn is left out."""
     records = []
-    for line in lines:
+    for line in content.splitlines():
         with contextlib.suppress(ValueError):
             records.append(decode(line))
     return records

@@ -23,8 +23,9 @@ from distributed_lm.drill.command import (
     report,
 )
 from distributed_lm.drill.comparison import EXACT, OTHER_LAYOUT, Records, Verdict
-from distributed_lm.drill.lives import Kill, parse_lines, rehearse
+from distributed_lm.drill.lives import Kill, rehearse
 from distributed_lm.errors import ConfigError, TrainingError
+from distributed_lm.tracking.metrics_file import parse_records
 from tests.support.runs import SMOKE, Runs
 
 SHORT = (
@@ -45,7 +46,7 @@ def test_drill_of_two_kills_passes(
     for part in ("loss", "grad_norm", "data ledger", "master weights", "second moments"):
         assert f"passed  {part}: " in printed
     lives = (tmp_path / "smoke-drill" / "metrics.jsonl").read_bytes()
-    resumed = [line for line in parse_lines(lives) if line.get("event") == "resume"]
+    resumed = [line for line in parse_records(lives) if line.get("event") == "resume"]
     assert len(resumed) == 2
 
 
@@ -264,4 +265,4 @@ def test_only_a_changed_layout_loosens_the_comparison(tmp_path: Path) -> None:
 
 def test_torn_lines_are_left_out() -> None:
     whole = json.dumps({"kind": "train", "step": 1}).encode()
-    assert parse_lines(whole + b'\n{"kind": "tr') == [{"kind": "train", "step": 1}]
+    assert parse_records(whole + b'\n{"kind": "tr') == [{"kind": "train", "step": 1}]

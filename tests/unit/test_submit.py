@@ -23,7 +23,8 @@ from distributed_lm.errors import ConfigError
 from launch.__main__ import main
 from launch.cluster import Cluster, load_cluster
 from launch.health import code_hash
-from launch.submit import Submission, SubmitError, Wishes, plan_submission, submit
+from launch.script import Wishes
+from launch.submit import Submission, SubmitError, plan_submission, submit
 from launch.supervisor.job import Job
 from launch.supervisor.step import srun_command, task_environment
 from tests.unit.test_cluster_files import ATTACKS
