@@ -21,7 +21,7 @@ from launch.environment import environment_without_slurm
 from launch.health import code_hash
 from launch.script import Wishes, container_prefix, plain, render, srun_options, task_python
 from launch.supervisor.job import Job, write_whole
-from launch.supervisor.journal import CANCELLED, Journal, job_ids, read_journal
+from launch.supervisor.journal import CANCELLED, Journal, job_ids, newest_step, read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("distributed_lm", "launch", "slurm")
@@ -101,7 +101,8 @@ def write_files(submission: Submission) -> None:
     (job.slurm_dir / CANCELLED).unlink(missing_ok=True)
     # Before the job can start: from here on the journal counts anew whether the run is finished,
     # and restarts without progress.
-    Journal(job.slurm_dir, job=None, restart=0).record("launch", f"of {job.code_hash}")
+    journal = Journal(job.slurm_dir, job=None, restart=0)
+    journal.record("launch", f"of {job.code_hash}", step=newest_step(Path(job.run_dir)))
 
 
 def record_jobs(job: Job, submitted: list[str]) -> None:

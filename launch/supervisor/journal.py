@@ -68,6 +68,12 @@ def is_finished(events: list[dict[str, Any]]) -> bool:
     return False
 
 
+def step_at_launch(events: list[dict[str, Any]]) -> int:
+    """Of the newest checkpoint when the run was last launched."""
+    steps = [event.get("step", 0) for event in events if event["event"] == "launch"]
+    return int(steps[-1]) if steps else 0
+
+
 def job_ids(events: Sequence[dict[str, Any]]) -> list[str]:
     """Of all jobs that have worked or are to work on the run."""
     known = {str(job) for event in events for job in [*event.get("jobs", []), event["job"]] if job}

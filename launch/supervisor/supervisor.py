@@ -26,7 +26,13 @@ from launch.supervisor.comeback import (
 )
 from launch.supervisor.coordinator import Coordinator
 from launch.supervisor.job import Job
-from launch.supervisor.journal import CANCELLED, Journal, is_finished, newest_step
+from launch.supervisor.journal import (
+    CANCELLED,
+    Journal,
+    is_finished,
+    newest_step,
+    step_at_launch,
+)
 from launch.supervisor.step import Step, srun_command, task_environment
 
 # EX_TEMPFAIL of sysexits.h: stopped in time, saved, and to be continued.
@@ -208,8 +214,9 @@ class Supervisor:
             return Outcome("crash", 1, "the ranks ended without finishing the run")
         failure = step.why(code, said.ends, seconds)
         message, code = report([failure], self.coordinator.expected, seconds)
-        # Of a run that has worked before, even a wrong file name is a mount that went away.
-        is_mistake = failure.return_code == EXIT_USER_ERROR and not newest_step(self._run_dir())
+        # Of a run that has worked since its launch, it is a mount that went away or the like.
+        has_worked = newest_step(self._run_dir()) > step_at_launch(self.journal.read())
+        is_mistake = failure.return_code == EXIT_USER_ERROR and not has_worked
         return Outcome("mistake" if is_mistake else "crash", code, message)
 
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
