@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 GRACE_SECONDS = 5.0
@@ -49,10 +50,9 @@ def main() -> None:
         flush=True,
     )
     code, is_ending = run_rank([sys.executable, "-m", "distributed_lm", *sys.argv[1:]])
-    if code and not is_ending and not answers(host, port):
+    is_heard = tell(host, port, {"token": token, "rank": rank, "ended": code})
+    if code and not is_heard and not is_ending and not answers(host, port):
         requeue()
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as line:
-        line.sendall((json.dumps({"token": token, "rank": rank, "ended": code}) + "\n").encode())
     sys.exit(code)
 
 
@@ -69,8 +69,18 @@ def run_rank(command: list[str]) -> tuple[int, bool]:
     return 128 - code if code < 0 else code, signal.SIGTERM in received
 
 
+def tell(host: str, port: int, message: dict[str, Any]) -> bool:
+    """Say one thing to the supervisor; False if it cannot be reached."""
+    try:
+        with socket.create_connection((host, port), timeout=GRACE_SECONDS) as line:
+            line.sendall((json.dumps(message) + "\n").encode())
+    except OSError:
+        return False
+    return True
+
+
 def answers(host: str, port: int) -> bool:
-    """Whether the supervisor can be reached: if so, only this node was cut off for a while."""
+    """Whether the supervisor can be reached after all: if so, this node was cut off for a while."""
     time.sleep(GRACE_SECONDS)  # in which Slurm ends the tasks of a job that it is ending
     try:
         socket.create_connection((host, port), timeout=GRACE_SECONDS).close()
