@@ -60,7 +60,7 @@ def test_it_holds(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> None:
         (
             {"venv": "/nowhere"},
             [],
-            "no job of the run is in the queue; last word: launch: submitted",
+            "no job of the run is in the queue; last word: submitted: job ",
         ),
         # It never begins.
         ({"sbatch_options": ["--hold"]}, ["--timeout=3"], "PENDING JobHeldUser): --timeout"),
