@@ -40,7 +40,7 @@ def launch(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> Launcher:
 def test_run_in_the_queue_is_not_launched_again(launch: Launcher) -> None:
     first = launch.submit(sbatch_options=["--hold"])
     assert first.returncode == 0, first.stderr
-    [event] = read_journal(launch.folder / "smoke/slurm")
+    [_, event] = read_journal(launch.folder / "smoke/slurm")
     job_id = event["job"]
     second = launch.submit()
     assert (second.returncode, second.stdout) == (2, "")
@@ -65,7 +65,7 @@ def test_slurm_reads_the_directives_as_they_are_meant(launch: Launcher) -> None:
         environment={"VALUE": {"value": attack, "reason": "to be quoted"}},
     )
     assert done.returncode == 0, done.stderr
-    [event] = read_journal(launch.folder / "smoke/slurm")
+    [_, event] = read_journal(launch.folder / "smoke/slurm")
     job = launch.slurm.job(event["job"])
     launch.slurm.run(["scancel", event["job"]])
     expected = {
