@@ -27,10 +27,6 @@ class Allocation:
     times: dict[str, float] = field(default_factory=dict)
     """When it was submitted and when it began, in seconds since the epoch, as far as known."""
 
-    @property
-    def life(self) -> str:
-        return f"{self.job_id}.{self.restart}"
-
 
 def was_cancelled(job: Job, allocation: Allocation) -> bool:
     """Whether a user has cancelled the job: with ``launch cancel``, or with ``scancel``."""
