@@ -48,7 +48,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, or a checkpoint in it.")
+    ],
     overrides: Overrides = None,
     lengths: Annotated[
         str,
@@ -57,13 +59,42 @@ def evaluate(
     checkpoint: Annotated[
         int | None, typer.Option(min=0, metavar="STEP", help="Default: the newest.")
     ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="nonoverlapping, sliding, context or documents.")
+    ] = "nonoverlapping",
+    stride: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Between windows that overlap.")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="Score only this many, evenly spread."),
+    ] = None,
+    longer_than: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Which documents --protocol documents scores. Default: the longest length.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Score again what has been scored.")] = False,
 ) -> None:
     """Perplexity of a trained run at several context lengths."""
     chosen = parse_lengths(lengths, "--lengths")
+    sampled = [] if sample is None else [f"evaluation.sample_tokens={sample}"]
     _quiet_engines()
     from distributed_lm.evaluate import evaluate as run
 
-    run(run_dir, chosen, checkpoint, overrides or [])
+    run(
+        path,
+        chosen,
+        checkpoint,
+        [*(overrides or []), *sampled],
+        protocol=protocol,
+        stride=stride,
+        longer_than=longer_than,
+        force=force,
+    )
 
 
 @app.command()

@@ -209,6 +209,11 @@ class EvaluationConfig(Section):
     """Which part of the data set is scored."""
     max_tokens: CountOrOff = 0
     """Score at most this many tokens from the start of the split; 0 = all."""
+    sample_tokens: CountOrOff = 0
+    """Score only this many tokens, spread over the split, as a subsample; 0 = all of them (1024 for
+    the protocol ``context``, which scores each many times)."""
+    sample_seed: CountOrOff = 0
+    """Which tokens are sampled. Runs to be compared need the same."""
     tokens_per_batch: Count = 16384
     """Tokens per forward pass of one data-parallel rank: bounds memory."""
 

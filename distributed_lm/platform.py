@@ -113,6 +113,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory_bytes`` begin again; a CPU's process remembers its largest for good."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class Stopwatch:
     """Times work on a device without waiting for it."""
 

@@ -16,7 +16,7 @@ from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import evaluation_stream
 from distributed_lm.data.corpora import Corpus, corpora_hash, open_corpora
 from distributed_lm.errors import CheckpointError, ConfigError
-from distributed_lm.evaluation.perplexity import check_lengths
+from distributed_lm.evaluation.protocols import check_lengths
 from distributed_lm.layout import Layout
 from distributed_lm.model.gpt import padded_vocab_size
 

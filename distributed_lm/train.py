@@ -1,13 +1,13 @@
 """``distributed-lm train``: from a config to a trained, evaluated and saved run."""
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 
 from rich.console import Console
+from torch import Tensor
 
 from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint.folders import leftovers, prune, read_state, restore_replaced
@@ -16,8 +16,15 @@ from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData, build_index_caches, check_shared_cache
 from distributed_lm.data.ledger import genesis
 from distributed_lm.errors import Stopped
-from distributed_lm.evaluation.perplexity import nonoverlapping_perplexity
+from distributed_lm.evaluation.perplexity import (
+    Measurement,
+    complete_result,
+    expected_result,
+    measure,
+)
+from distributed_lm.evaluation.protocols import Request, make_plans
 from distributed_lm.evaluation.results import write_result
+from distributed_lm.evaluation.scored_data import ScoredData
 from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.proof import Proof, prove_positions
@@ -94,7 +101,7 @@ def _train(
     exit_code = 1
     try:
         _announce(config, tracker, groups, details, progress, notes)
-        validate = _validator(config, engine, found, tracker, supervised)
+        validate = _validator(config, engine, tracker, supervised)
         TrainingLoop(
             config, engine, data, tracker, throughput, progress, validate, supervised, lock
         ).run()
@@ -146,31 +153,46 @@ def _say_finished(config: RunConfig, step: int) -> None:
 def _validator(
     config: RunConfig,
     engine: TrainingEngine,
-    found: Preflight,
     tracker: Tracker,
     supervised: Supervision,
 ) -> Callable[[int], None]:
     """Perplexity at every evaluated length, to the tracker and, at the end, to the run folder."""
 
-    def score(microbatches: list[Microbatch]) -> tuple[float, float]:
+    data = ScoredData.of(config)
+    plans = make_plans(Request(config.evaluation_lengths), config, data)
+
+    def score(microbatches: list[Microbatch], on_losses: Callable[[Tensor], None]) -> None:
         if supervised.should_stop():
             raise StopEvaluation
-        return engine.evaluate(microbatches)
+        engine.evaluate(microbatches, on_losses)
+
+    def note(step: int, message: str) -> None:
+        tracker.log("event", {"event": "note", "step": step, "message": message})
+
+    def write(step: int, measured: Measurement) -> None:
+        expected = expected_result(config, step, None, data, measured.plan)
+        result = complete_result(expected, measured, data, engine.groups, partial(note, step))
+        try:
+            write_result(config.run_dir, result, measured.sums.documents)
+        except OSError as error:  # a full disk: metrics.jsonl has it already
+            note(step, f"evaluation at length {result.length} not written ({error.strerror})")
 
     def validate(step: int) -> None:
-        for length in config.evaluation_lengths:
-            started = time.perf_counter()
-            result = nonoverlapping_perplexity(
-                found.stream, length, config.evaluation, engine.groups, score
-            )
-            seconds = {"evaluation_seconds": time.perf_counter() - started}
-            tracker.log("evaluation", {"step": step, **asdict(result), **seconds})
+        for plan in plans:
+            measured = measure(plan, data, config.evaluation.tokens_per_batch, engine.groups, score)
+            record = {
+                "step": step,
+                "split": data.split,
+                "protocol": plan.protocol,
+                "length": plan.length,
+                "loss": measured.loss,
+                "perplexity": measured.perplexity,
+                "tokens_scored": measured.sums.tokens,
+                "evaluation_seconds": measured.seconds,
+            }
+            tracker.log("evaluation", record)
             if step == config.train.steps and engine.groups.is_first_rank:
-                try:
-                    write_result(config, step, result, found.data_identity)
-                except OSError as error:  # a full disk: metrics.jsonl has it already
-                    message = f"evaluation at length {length} not written ({error.strerror})"
-                    tracker.log("event", {"event": "note", "step": step, "message": message})
+                write(step, measured)
 
     return validate
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from distributed_lm.config import RunConfig
+from distributed_lm.data.indexed import read_lengths
 from distributed_lm.data.manifest import Manifest, SplitRecord, read_manifest
 from distributed_lm.errors import DataError
 
@@ -80,20 +81,16 @@ def evaluation_stream(config: RunConfig) -> np.ndarray:
     Raises:
         DataError: as ``open_corpora``, or if the split holds fewer than two tokens.
     """
-    split, limit = config.evaluation.split, config.evaluation.max_tokens
-    wanted = limit + 1 if limit else None
-    parts: list[np.ndarray] = []
-    corpora = open_corpora(config)
-    for corpus in corpora:
-        tokens = corpus.manifest.splits[split].tokens
-        count = tokens if wanted is None else min(tokens, wanted - sum(map(len, parts)))
-        if count:
-            file = corpus.folder / f"{split}.bin"
-            parts.append(np.memmap(file, corpus.manifest.dtype, mode="r", shape=(count,)))
+    split = config.evaluation.split
+    shares = _scored_shares(config)
+    parts = [
+        np.memmap(corpus.folder / f"{split}.bin", corpus.manifest.dtype, mode="r", shape=(count,))
+        for corpus, count in shares
+    ]
     if sum(map(len, parts)) < 2:
+        folders = ", ".join(str(corpus.folder) for corpus in open_corpora(config))
         raise DataError(
-            f"evaluation.split={split}: holds no text in "
-            f"{', '.join(str(corpus.folder) for corpus in corpora)}; set another "
+            f"evaluation.split={split}: holds no text in {folders}; set another "
             "evaluation.split or prepare the data with a larger share for it (--split)"
         )
     if len(parts) == 1:
@@ -101,3 +98,45 @@ def evaluation_stream(config: RunConfig) -> np.ndarray:
     joined = np.concatenate(parts)
     joined.flags.writeable = False
     return joined
+
+
+def evaluation_document_ends(config: RunConfig) -> np.ndarray:
+    """Where the documents of ``evaluation_stream`` end.
+
+    Returns:
+        int64, ascending: document d is tokens ends[d − 1] … ends[d] − 1 of the stream, its
+        end-of-document token included. The last is cut where the stream is.
+    """
+    split, ends, total = config.evaluation.split, [np.zeros(0, dtype=np.int64)], 0
+    for corpus, count in _scored_shares(config):
+        lengths = read_lengths(corpus.folder / split, corpus.manifest.splits[split])
+        inside = np.cumsum(lengths, dtype=np.int64)
+        whole = int(np.searchsorted(inside, count, side="left"))
+        ends.append(total + np.minimum(inside[: whole + 1], count))
+        total += count
+    return np.concatenate(ends)
+
+
+def evaluation_digest(config: RunConfig) -> str:
+    """Identity of the tokens of ``evaluation_stream`` and their documents, wherever they lie."""
+    lines = []
+    for corpus, count in _scored_shares(config):
+        record = corpus.manifest.splits[config.evaluation.split]
+        fingerprint = corpus.manifest.tokenizer.fingerprint
+        lines.append(f"{record.bin_sha256} {record.idx_sha256} {fingerprint} {count}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _scored_shares(config: RunConfig) -> list[tuple[Corpus, int]]:
+    """The corpora that ``evaluation_stream`` reads, and how many tokens of each."""
+    split, limit = config.evaluation.split, config.evaluation.max_tokens
+    shares: list[tuple[Corpus, int]] = []
+    left = limit + 1 if limit else None
+    for corpus in open_corpora(config):
+        tokens = corpus.manifest.splits[split].tokens
+        count = tokens if left is None else min(tokens, left)
+        if left is not None:
+            left -= count
+        if count:
+            shares.append((corpus, count))
+    return shares

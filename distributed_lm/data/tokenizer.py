@@ -4,6 +4,7 @@ A tokenizer is named by a *spec*: ``gpt2``, ``bytes``, ``bpe:VOCABSIZE`` (traine
 or the path of a ``tokenizer.json``. Imports its libraries on use, so ``--help`` stays fast.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -42,6 +43,11 @@ class Tokenizer(Protocol):
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes that ``ids`` stand for, also where they begin or end inside a character;
+        an end-of-document token stands for none."""
+        ...
+
 
 class ByteTokenizer:
     """One token per UTF-8 byte, and 256 for the end of a document."""
@@ -54,7 +60,10 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(token for token in ids if token < 256)
 
 
 class Gpt2Tokenizer:
@@ -79,6 +88,10 @@ class Gpt2Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._encoding.decode([int(token) for token in ids]))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        text = [int(token) for token in ids if token != self.end_of_document]
+        return bytes(self._encoding.decode_bytes(text))
 
 
 class JsonTokenizer:
@@ -108,6 +121,8 @@ class JsonTokenizer:
         self._engine.no_truncation()
         self._engine.no_padding()
         self._engine.encode_special_tokens = True
+        decoder = json.loads(text).get("decoder") or {}
+        self._is_byte_level = decoder.get("type") == "ByteLevel"
         vocabulary = self._engine.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = _find_end_of_document(path, vocabulary, end_of_document)
@@ -122,6 +137,13 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._engine.decode([int(token) for token in ids], skip_special_tokens=False))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        text = [int(token) for token in ids if token != self.end_of_document]
+        if not self._is_byte_level:  # whole characters, by whatever rules its decoder has
+            return self.decode(text).encode("utf-8")
+        pieces = (self._engine.id_to_token(token) for token in text)
+        return b"".join(_bytes_of_piece(piece) for piece in pieces if piece is not None)
 
 
 def open_tokenizer(
@@ -203,6 +225,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     )
     engine.train_from_iterator(texts, trainer)
     path.write_text(engine.to_str(), encoding="utf-8")
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+    """The bytes of one entry of a byte-level vocabulary, whose letters stand for a byte each; an
+    added token holds ordinary text."""
+    letters = _byte_letters()
+    if all(letter in letters for letter in piece):
+        return bytes(letters[letter] for letter in piece)
+    return piece.encode("utf-8")
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's alphabet (``bytes_to_unicode`` of its encoder.py): printable Latin-1 is itself, the
+    other bytes are the letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
 def _gpt2_encoding():  # type: ignore[no-untyped-def]  # tiktoken.Encoding, imported on use

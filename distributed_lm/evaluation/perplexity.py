@@ -1,108 +1,133 @@
-"""Nonoverlapping perplexity: the stream cut into segments of the evaluated length, each scored from
-its first token on with no context from before it (Press et al. 2022, §2.1: the paper's default)."""
+"""From a plan to its result."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from distributed_lm.config import EvaluationConfig, RunConfig
-from distributed_lm.errors import ConfigError
-from distributed_lm.layout import Layout
-from distributed_lm.pipeline import Microbatch
+from distributed_lm import platform
+from distributed_lm.config import RunConfig
+from distributed_lm.errors import DataError
+from distributed_lm.evaluation.bootstrap import loss_interval
+from distributed_lm.evaluation.protocols import ALL_TARGETS, Plan
+from distributed_lm.evaluation.results import Result, exp
+from distributed_lm.evaluation.scored_data import ScoredData
+from distributed_lm.evaluation.scoring import Advance, Score, Sums, score_windows
+from distributed_lm.evaluation.windows import position_edges
 from distributed_lm.process_groups import ProcessGroups
-
-Score = Callable[[list[Microbatch]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """One number with what is needed to compare it."""
+class Measurement:
+    """What scoring a plan gave."""
 
-    split: str
-    protocol: str
-    length: int
-    """Context length, in tokens."""
-    loss: float
-    """Nats per token, averaged over all scored tokens."""
-    perplexity: float
-    tokens_scored: int
+    plan: Plan
+    sums: Sums
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.sums.nats / self.sums.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return exp(self.loss)
 
 
-def nonoverlapping_perplexity(
-    stream: np.ndarray,
-    length: int,
-    evaluation: EvaluationConfig,
+def measure(
+    plan: Plan,
+    data: ScoredData,
+    tokens_per_batch: int,
     groups: ProcessGroups,
     score: Score,
-) -> Perplexity:
-    """Score every token of ``stream`` but the first, exactly once, at any layout. Collective.
+    advance: Advance = lambda done, total: None,
+) -> Measurement:
+    """Score a plan's windows. Collective; arguments as of ``score_windows``."""
+    platform.forget_peak_memory(groups.device)
+    started = time.perf_counter()
+    sums = score_windows(
+        data.stream, data.document_ends, plan.build(), tokens_per_batch, groups, score, advance
+    )
+    seconds = time.perf_counter() - started
+    peak = max(groups.gather(platform.peak_memory_bytes(groups.device)))
+    return Measurement(plan, sums, seconds, peak)
+
+
+def expected_result(
+    config: RunConfig, step: int, checkpoint: str | None, data: ScoredData, plan: Plan
+) -> Result:
+    """What is known of a plan's result before it is scored; all of it if the plan is a gap."""
+    return Result(
+        run=config.name,
+        step=step,
+        checkpoint=checkpoint,
+        position=config.model.position,
+        trained_length=config.data.sequence_length,
+        precision=config.precision,
+        split=data.split,
+        corpus_hash=data.corpus_hash,
+        data_digest=data.digest,
+        tokenizer=data.tokenizer,
+        protocol=plan.protocol,
+        stride=plan.stride,
+        length=plan.length,
+        targets=plan.targets,
+        gap=plan.gap,
+        versions=platform.describe_environment(),
+    )
+
+
+def complete_result(
+    expected: Result,
+    measured: Measurement,
+    data: ScoredData,
+    groups: ProcessGroups,
+    say: Callable[[str], None],
+) -> Result:
+    """The result, with its interval, and words and bytes where whole documents were scored.
 
     Args:
-        stream: token ids of the whole split.
-        score: sums loss and token count of microbatches over the whole run.
+        say: told if words and bytes cannot be counted for want of the tokenizer.
     """
-    total, tokens = 0.0, 0.0
-    rank = groups.coordinates.data
-    for batch in _batches(stream, length, groups.layout, rank, evaluation.tokens_per_batch):
-        batch_total, batch_tokens = score(batch)
-        total += batch_total
-        tokens += batch_tokens
-    loss = total / tokens
-    perplexity = math.exp(loss) if loss < 700.0 else math.inf
-    return Perplexity(evaluation.split, "nonoverlapping", length, loss, perplexity, int(tokens))
+    sums = measured.sums
+    result = replace(
+        expected,
+        tokens_scored=sums.tokens,
+        nats=sums.nats,
+        loss=measured.loss,
+        perplexity=measured.perplexity,
+        interval=loss_interval(sums.document_nats, sums.document_tokens),
+        by_position={} if expected.protocol == "context" else by_position(sums),
+        seconds=measured.seconds,
+        peak_memory_bytes=measured.peak_memory_bytes,
+        layout=groups.layout.describe(),
+    )
+    if expected.protocol != "documents" and expected.targets != ALL_TARGETS:
+        return result
+    try:
+        text = data.count_text(sums.document_tokens)
+    except DataError as error:
+        say(f"words and bytes of the scored text are not counted: {error}")
+        return result
+    return replace(
+        result,
+        words=text.words,
+        word_perplexity=exp(sums.nats / text.words) if text.words else math.nan,
+        bytes=text.size,
+        bits_per_byte=sums.nats / (text.size * math.log(2)) if text.size else math.nan,
+    )
 
 
-def check_lengths(config: RunConfig, lengths: tuple[int, ...], num_targets: int) -> None:
-    """Raises ConfigError if some length cannot be evaluated with this config and this text."""
-    for length in lengths:
-        limit = config.model.max_positions
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"evaluation.lengths: {length} is longer than model.max_positions={limit}; "
-                f"evaluate at {limit} or less"
-            )
-        if config.parallel.sequence and length % config.parallel.tensor:
-            raise ConfigError(
-                f"evaluation.lengths: {length} cannot be divided over "
-                f"parallel.tensor={config.parallel.tensor} with parallel.sequence=true; "
-                f"use multiples of {config.parallel.tensor} or parallel.sequence=false"
-            )
-        if length > num_targets:
-            raise ConfigError(
-                f"evaluation.lengths: {length} is longer than the {num_targets} tokens to score "
-                f"in the {config.evaluation.split} split, so none would have that much context; "
-                f"evaluate at {num_targets} or less, or raise evaluation.max_tokens"
-            )
-
-
-def _batches(
-    stream: np.ndarray, length: int, layout: Layout, data_rank: int, tokens_per_batch: int
-) -> Iterator[list[Microbatch]]:
-    """This rank's microbatches, one list per schedule run: as many as pipeline stages, all of one
-    shape. Segments are dealt to the data-parallel ranks in turn; what is missing at the end is
-    padding that is not scored, behind the last token, where causal attention does not look."""
-    targets = len(stream) - 1
-    segments = -(-targets // length)
-    rows = max(1, tokens_per_batch // (length * layout.pipeline))
-    per_run = rows * layout.pipeline * layout.data
-    for first in range(0, segments, per_run):
-        batch = []
-        for microbatch in range(layout.pipeline):
-            start = first + (microbatch * layout.data + data_rank) * rows
-            batch.append(_microbatch(stream, range(start, start + rows), length, targets))
-        yield batch
-
-
-def _microbatch(stream: np.ndarray, segments: range, length: int, targets: int) -> Microbatch:
-    tokens = np.zeros((len(segments), length + 1), dtype=np.int64)
-    mask = np.zeros((len(segments), length), dtype=np.float32)
-    for row, segment in enumerate(segments):
-        start = segment * length
-        scored = max(0, min(length, targets - start))
-        tokens[row, : scored + 1] = stream[start : start + scored + 1] if scored else 0
-        mask[row, :scored] = 1.0
-    whole = torch.from_numpy(tokens)
-    return Microbatch(whole[:, :-1], whole[:, 1:], torch.from_numpy(mask))
+def by_position(sums: Sums) -> dict[str, list[float]]:
+    """Nats and tokens summed over bins of the context; see ``position_edges``."""
+    edges = position_edges(len(sums.position_nats))
+    starts = np.array(edges[:-1]) - 1
+    return {
+        "edges": list(edges),
+        "nats": np.add.reduceat(sums.position_nats, starts).tolist(),
+        "tokens": np.add.reduceat(sums.position_tokens, starts).astype(np.int64).tolist(),
+    }

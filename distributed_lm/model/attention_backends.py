@@ -72,7 +72,8 @@ def sdpa(
                 query_BNQH[:, :, start:stop],
                 key_BGKH[:, :, :visible],
                 value_BGKH[:, :, :visible],
-                attn_mask=bias,
+                # Four dimensions: with three, torch leaves the fused kernel and keeps all scores.
+                attn_mask=bias[None],
                 enable_gqa=grouped,
             )
         )

@@ -32,6 +32,7 @@ from distributed_lm.config import ModelConfig, RunConfig
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.attention_backends import choose_backend
+from distributed_lm.model.chunked_loss import losses_in_chunks
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
@@ -115,13 +116,15 @@ class GPTStage(MegatronModule):
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights and self.pre_process
-        logits_SBV, _ = self.output_layer(hidden, weight=self.embedding.weight if tied else None)
+        weight = self.embedding.weight if tied else None
         if labels_BS is None:
-            return logits_SBV
-        losses_SB = tensor_parallel.vocab_parallel_cross_entropy(
-            logits_SBV.float(), labels_BS.transpose(0, 1).contiguous()
+            return self.output_layer(hidden, weight=weight)[0]
+        return losses_in_chunks(
+            hidden,
+            labels_BS,
+            lambda part: self.output_layer(part, weight=weight)[0],
+            self.output_layer.output_size,
         )
-        return losses_SB.transpose(0, 1).contiguous()
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         """[S, B, D], or with sequence parallelism this rank's slice of S."""

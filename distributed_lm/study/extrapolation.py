@@ -1,12 +1,12 @@
 """Perplexity against context length for several runs, as a table and as a picture."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distributed_lm.config import RunConfig
 from distributed_lm.errors import DataError
+from distributed_lm.evaluation.results import FOLDER, read_results
 
 # Okabe and Ito's palette: told apart by colour-blind readers. Markers repeat the distinction.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
@@ -34,33 +34,34 @@ def read_curve(config: RunConfig, label: str) -> Curve:
     """The results of a run's last evaluated step at its configured lengths.
 
     Raises:
-        DataError: if some length is missing, or lengths were not scored on the same tokens.
+        DataError: if a file is damaged, if some length is missing, or lengths were not scored on
+            the same tokens.
     """
-    folder = config.run_dir / "evaluation"
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    folder = config.run_dir / FOLDER
     wanted = config.evaluation_lengths
     chosen = [
         result
-        for result in results
-        if result["step"] == config.train.steps
-        and result["split"] == config.evaluation.split
-        and result["length"] in wanted
+        for result in read_results(config.run_dir)
+        if result.step == config.train.steps
+        and result.split == config.evaluation.split
+        and result.protocol == "nonoverlapping"
+        and result.length in wanted
     ]
-    if sorted(result["length"] for result in chosen) != sorted(wanted):
+    if sorted(result.length for result in chosen) != sorted(wanted):
         raise DataError(
             f"{folder}: expected one result at step {config.train.steps} for each of "
-            f"{list(wanted)}, found lengths {sorted(result['length'] for result in chosen)}; "
+            f"{list(wanted)}, found lengths {sorted(result.length for result in chosen)}; "
             "remove results of other evaluations, or train the run again"
         )
-    scored = {(result["tokens_scored"], result["corpus_hash"]) for result in chosen}
+    scored = {(result.tokens_scored, result.data_digest) for result in chosen}
     if len(scored) != 1:
         raise DataError(f"{folder}: the lengths were scored on different tokens: {sorted(scored)}")
-    perplexities = {result["length"]: result["perplexity"] for result in chosen}
+    perplexities = {result.length: result.perplexity for result in chosen}
     return Curve(
         label,
         config.data.sequence_length,
         dict(sorted(perplexities.items())),
-        chosen[0]["tokens_scored"],
+        chosen[0].tokens_scored,
     )
 
 

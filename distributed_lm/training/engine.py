@@ -7,7 +7,7 @@ DeepSpeed is told that the caller manages accumulation: the schedule runs all mi
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -156,15 +156,14 @@ class TrainingEngine:
             raise NonFiniteError(f"loss={loss:.4f} but grad_norm={grad_norm}")
         return StepResult(loss, grad_norm, is_finite and not self.optimizer.skip_update)
 
-    def evaluate(self, microbatches: list[Microbatch]) -> tuple[float, float]:
-        """Summed loss and token count over the whole run's batch, without gradients."""
+    def evaluate(self, microbatches: list[Microbatch], on_losses: Callable[[Tensor], None]) -> None:
+        """Forward without gradients; ``on_losses`` as of ``run_schedule``."""
         self.deepspeed.eval()
         with torch.no_grad(), explain_out_of_memory("evaluation"):
-            loss_sum, tokens = run_schedule(
-                self.handles, microbatches, self.groups, forward_only=True
-            ).tolist()
+            run_schedule(
+                self.handles, microbatches, self.groups, forward_only=True, on_losses=on_losses
+            )
         self.deepspeed.train()
-        return loss_sum, tokens
 
     def _ranks_with_non_finite(self, local_losses: list[Tensor]) -> str:
         """Names the ranks whose own microbatches went wrong. Collective."""

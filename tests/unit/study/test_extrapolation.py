@@ -1,5 +1,6 @@
 """Curves from evaluation files, their table and picture, and the demo's verdict."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,10 @@ import pytest
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.demo import check_effect, summary
 from distributed_lm.errors import DataError, TrainingError
-from distributed_lm.evaluation.perplexity import Perplexity
 from distributed_lm.evaluation.results import write_result
 from distributed_lm.study.extrapolation import Curve, draw, markdown_table, read_curve
+from tests.support.results import NO_DOCUMENTS, make_result
 
-DATA = {"corpus_hash": "a" * 64, "tokenizer": "b" * 64}
 LENGTHS = (64, 128, 256, 512)
 
 
@@ -29,22 +29,22 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def write(config: RunConfig, length: int, tokens: int = 1000, step: int = 20) -> None:
-    result = Perplexity("valid", "nonoverlapping", length, 1.0, float(length), tokens)
-    write_result(config, step, result, DATA)
+    result = make_result(length=length, loss=math.log(length), tokens_scored=tokens, step=step)
+    write_result(config.run_dir, result, NO_DOCUMENTS)
 
 
 def test_curve_takes_the_last_step_at_the_configured_lengths(config: RunConfig) -> None:
     for length in (64, 128, 4096):
         write(config, length)
         write(config, length, step=10)
-    assert read_curve(config, "ALiBi").perplexities == {64: 64.0, 128: 128.0}
+    assert read_curve(config, "ALiBi").perplexities == pytest.approx({64: 64.0, 128: 128.0})
 
 
 def test_results_of_other_tokens_neither_overwrite_nor_mix(config: RunConfig) -> None:
     write(config, 64)
     write(config, 128)
     write(config, 64, tokens=500)
-    assert len(list((config.run_dir / "evaluation").iterdir())) == 3
+    assert len(list((config.run_dir / "evaluation").glob("*.json"))) == 3
     with pytest.raises(DataError, match="expected one result at step 20 for each"):
         read_curve(config, "ALiBi")
 
