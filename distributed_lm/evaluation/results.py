@@ -167,7 +167,7 @@ def _read(path: Path) -> Result:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("schema_version", None)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); {remedy}") from None
     if version != SCHEMA_VERSION:
         raise DataError(
