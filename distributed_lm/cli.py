@@ -6,6 +6,7 @@ answered at once, without torch.
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,23 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to change: train.steps=100."),
 ]
+
+
+class Launcher(str, Enum):
+    local = "local"
+    slurm = "slurm"
+
+
+class Stage(str, Enum):
+    """Of a study."""
+
+    prepare = "prepare"
+    tune = "tune"
+    speed = "speed"
+    choose = "choose"
+    train = "train"
+    evaluate = "evaluate"
+    report = "report"
 
 
 @app.command()
@@ -138,6 +156,43 @@ def drill(
     from distributed_lm.drill.command import drill as run
 
     run(config, overrides or [], kills, resume_layout or [], seed, output)
+
+
+@app.command()
+def study(
+    study_file: Annotated[Path, typer.Argument(metavar="STUDY", help="File in configs/studies.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the study to change: seeds=[1]."),
+    ] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Where the runs run.")] = Launcher.local,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For slurm: file in configs/clusters.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once on this machine. Default: what fits.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what it will cost, run nothing.")
+    ] = False,
+    stage: Annotated[Stage | None, typer.Option(help="This stage only. Default: all.")] = None,
+) -> None:
+    """Run a matched set of runs, and judge the paper's claims by them."""
+    from distributed_lm.study.command import study as run
+
+    only = stage.value if stage else None
+    run(study_file, overrides or [], launcher.value, cluster, jobs, plan, only)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html, report.md and pictures.")],
+) -> None:
+    """Compare finished runs in tables and pictures."""
+    from distributed_lm.study.command import report as run
+
+    run(run_dirs, output)
 
 
 @app.command()

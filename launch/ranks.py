@@ -1,7 +1,6 @@
 """One rank as a child process: its output, its signals, its end."""
 
 import contextlib
-import ctypes
 import os
 import re
 import select
@@ -10,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from distributed_lm.processes import die_with_parent
 from launch.failure import Failure
 
 # How a rank's last words begin. Rank 0's are kept off the terminal until it is known whether it
@@ -25,7 +25,6 @@ LAST_WORDS = re.compile(
 # machine a failed rank with its libraries takes many seconds to end.
 HOLD_SECONDS = 20.0
 TAIL_BYTES = 64 * 1024
-PR_SET_PDEATHSIG = 1
 
 
 class RankProcess:
@@ -53,7 +52,7 @@ class RankProcess:
             stdout=None if rank == 0 else self._log,
             stderr=subprocess.PIPE if rank == 0 else subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent(os.getpid()),
+            preexec_fn=die_with_parent(),
         )
 
     @property
@@ -162,20 +161,3 @@ class Relay:
     def _show(text: bytes) -> None:
         sys.stderr.buffer.write(text)
         sys.stderr.buffer.flush()
-
-
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """For the child, before it runs: ask Linux for SIGTERM when the launcher dies.
-
-    Ranks that outlive a killed launcher would go on writing into the run folder of its successor.
-    """
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the request
-            os._exit(1)
-
-    return prepare

@@ -1,1 +1,1 @@
-"""What several runs together say."""
+"""Matched sets of runs, and what they together say about the paper's claims."""

@@ -1,0 +1,1 @@
+"""``report.html`` and ``report.md``: what runs have shown, in tables and pictures."""
