@@ -31,6 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": GROUPED,
     "grouped queries, no bias": {**GROUPED, "bias": False},
     "sinusoidal, odd depth": {"position": "sinusoidal", "num_layers": 3},
+    "learned": {"position": "learned"},
+    "learned, longer": {"position": "learned", "max_positions": 500},
+    "t5": {"position": "t5"},
     "llama-like": {
         **GROUPED,
         "activation": "swiglu",
