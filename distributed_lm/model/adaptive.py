@@ -11,11 +11,11 @@ On tensor-parallel ranks every band is split by words, like any embedding; proje
 (0.6% of the paper's weights) are whole on every rank. What they multiply is replicated, or with
 sequence parallelism this rank's slice of the tokens, so they are tagged as the norms are.
 
-Shapes: S sequence, B batch, T tokens (S · B), D hidden, W all bands' widths side by side, C classes.
+Shapes: S sequence, B batch, T tokens (S · B), D hidden, C classes, V the whole vocabulary.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +84,19 @@ class AdaptiveEmbedding(nn.Module):
             }
         )
 
-    def tied_weights(self) -> list[Tensor]:
+    def tied_weights(self) -> list[nn.Parameter]:
         """What the softmax shares, in an order that no stage changes."""
-        projections = [self.projections[str(band)] for band in range(1, len(self.bands))]
-        return [matrix.weight for matrix in (*self.bands, *projections)]
+        count = len(self.bands)
+        words = [self.words(band) for band in range(count)]
+        return words + [self.projection(band) for band in range(1, count)]
+
+    def words(self, band: int) -> nn.Parameter:
+        """[this rank's words of the band, its width]"""
+        return cast(Matrix, self.bands[band]).weight
+
+    def projection(self, band: int) -> nn.Parameter:
+        """[D, width of the band]"""
+        return cast(Matrix, self.projections[str(band)]).weight
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, D], or with sequence parallelism this rank's slice of [S, B, D]: as Megatron's
@@ -104,14 +113,12 @@ class AdaptiveEmbedding(nn.Module):
         else:
             rows = tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=group)
         parts = rows.split(self.widths, dim=-1)
-        projected = [
-            F.linear(part, self.projections[str(band)].weight) for band, part in enumerate(parts)
-        ]
+        projected = [F.linear(part, self.projection(band)) for band, part in enumerate(parts)]
         return torch.stack(projected).sum(dim=0)
 
     def _look_up(self, band: int, tokens_BS: Tensor) -> Tensor:
         """[B, S, width of the band]: zeros for words of other bands and other ranks."""
-        weight = self.bands[band].weight
+        weight = self.words(band)
         first = self.starts[band] + self.groups.coordinates.tensor * weight.size(0)
         row = tokens_BS - first
         is_here = (row >= 0) & (row < weight.size(0))
@@ -155,7 +162,7 @@ class AdaptiveSoftmax(nn.Module):
         """
         features = self._features(hidden_SBD)
         if labels_BS is None:
-            return self._log_probabilities(features)
+            return self._log_probabilities(features).unflatten(0, (-1, hidden_SBD.size(1)))
         targets = labels_BS.transpose(0, 1).flatten()
         losses = tensor_parallel.vocab_parallel_cross_entropy(
             self._head_logits(features), self._head_targets(targets)
@@ -178,7 +185,7 @@ class AdaptiveSoftmax(nn.Module):
         hidden_SBD = self._drop(hidden_SBD)
         parts = [hidden_SBD]
         for band in range(1, len(self.edges)):
-            parts.append(self._drop(hidden_SBD @ self.tables.projections[str(band)].weight))
+            parts.append(self._drop(hidden_SBD @ self.tables.projection(band)))
         parts.append(F.linear(hidden_SBD, self.classes.weight))
         sizes = [part.size(-1) for part in parts]
         joined = torch.cat(parts, dim=-1)
@@ -195,7 +202,7 @@ class AdaptiveSoftmax(nn.Module):
     def _head_logits(self, features: list[Tensor]) -> Tensor:
         """[T, band 0's words of this rank + C] fp32. Every rank has columns for the classes, but
         only the last one's count."""
-        words = F.linear(features[0], self.tables.bands[0].weight)
+        words = F.linear(features[0], self.tables.words(0))
         classes = features[-1]
         if self.groups.coordinates.tensor < self.groups.layout.tensor - 1:
             classes = classes.masked_fill(torch.ones_like(classes, dtype=torch.bool), -math.inf)
@@ -203,7 +210,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _head_targets(self, targets: Tensor) -> Tensor:
         """Column of each target, or of its class, counted over all ranks' head logits."""
-        words, classes = self.tables.bands[0].weight.size(0), self.classes.weight.size(0)
+        words, classes = self.tables.words(0).size(0), self.classes.weight.size(0)
         last = self.groups.layout.tensor - 1
         edges = torch.tensor(self.edges[:-1], device=targets.device)
         band = torch.bucketize(targets, edges, right=True)
@@ -212,12 +219,13 @@ class AdaptiveSoftmax(nn.Module):
 
     def _band_logits(self, features: Tensor, band: int) -> Tensor:
         """[tokens, the band's words of this rank] fp32."""
-        return F.linear(features, self.tables.bands[band].weight).float()
+        return F.linear(features, self.tables.words(band)).float()
 
     def _log_probabilities(self, features: list[Tensor]) -> Tensor:
         """[T, V] fp32 of all words, on every rank; T in the order of S, then B."""
-        gather, group = tensor_parallel.gather_from_tensor_model_parallel_region, self.groups.tensor
-        words = gather(F.linear(features[0], self.tables.bands[0].weight).float(), group=group)
+        gather: Any = tensor_parallel.gather_from_tensor_model_parallel_region
+        group = self.groups.tensor
+        words = gather(F.linear(features[0], self.tables.words(0)).float(), group=group)
         head = torch.log_softmax(torch.cat([words, features[-1].float()], dim=-1), dim=-1)
         parts = [head[:, : self.edges[0]]]
         for band in range(1, len(self.edges)):
@@ -225,13 +233,6 @@ class AdaptiveSoftmax(nn.Module):
             prior = head[:, self.edges[0] + band - 1, None]
             parts.append(prior + torch.log_softmax(logits, dim=-1))
         return torch.cat(parts, dim=-1)
-
-
-def tied_weights(stage: Any) -> list[Tensor]:
-    """The weights of a stage that the first and the last pipeline stage both hold."""
-    if stage.pre_process:
-        return stage.embedding.tied_weights()
-    return stage.output_layer.tables.tied_weights() if stage.post_process else []
 
 
 def _adaptive(model: ModelConfig) -> AdaptiveConfig:

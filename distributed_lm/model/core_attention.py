@@ -18,8 +18,9 @@ from distributed_lm.model.positions import PositionMethod
 class CoreAttention(nn.Module):
     """Causal attention with a position method's rotation and bias.
 
-    Megatron builds one per layer through the layer spec; ``position`` and ``backend`` are bound
-    there. Queries are the last S of the K key positions, whatever the lengths.
+    Megatron builds one per layer through the layer spec; ``position``, ``backend`` and
+    ``dropout`` (of the attention weights) are bound there. Queries are the last S of the K key
+    positions, whatever the lengths.
     """
 
     position: PositionMethod
@@ -31,12 +32,14 @@ class CoreAttention(nn.Module):
         layer_number: int,
         position: PositionMethod,
         backend: str,
+        dropout: float = 0.0,
         **_megatron: Any,
     ) -> None:
         super().__init__()
         self.config = config
         self.layer_number = layer_number
         self.backend = backend
+        self.dropout = dropout
         # Not as a submodule: the stage owns it and its parameters.
         object.__setattr__(self, "position", position)
 
@@ -54,7 +57,7 @@ class CoreAttention(nn.Module):
         first_query = key_KBGH.size(0) - query_SBNH.size(0)
         query_SBNH, key_KBGH = self.position.rotate(query_SBNH, key_KBGH, first_query)
         tensors = [tensor.permute(1, 2, 0, 3) for tensor in (query_SBNH, key_KBGH, value_KBGH)]
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         with sharded_random_state(self.config) if dropout else nullcontext():
             context_BNSH = BACKENDS[self.backend](*tensors, self.position, dropout)
         context_SBNH = context_BNSH.permute(2, 0, 1, 3)

@@ -32,7 +32,7 @@ from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
-from distributed_lm.model import adaptive
+from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
@@ -76,8 +76,10 @@ class GPTStage(MegatronModule):
         self.embedding_scale = (
             math.sqrt(model.hidden_size) if self.is_adaptive else position.embedding_scale
         )
+        self.embedding: Any = None
+        self.output_layer: Any = None
         if pre_process and self.is_adaptive:
-            self.embedding = adaptive.AdaptiveEmbedding(config, model, vocab_size, groups)
+            self.embedding = AdaptiveEmbedding(config, model, vocab_size, groups)
         elif pre_process:
             self.embedding = tensor_parallel.VocabParallelEmbedding(
                 vocab_size,
@@ -98,7 +100,7 @@ class GPTStage(MegatronModule):
         )
         if post_process and self.is_adaptive:
             tied = self.embedding if pre_process else None
-            self.output_layer = adaptive.AdaptiveSoftmax(config, model, vocab_size, groups, tied)
+            self.output_layer = AdaptiveSoftmax(config, model, vocab_size, groups, tied)
         elif post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 model.hidden_size,
@@ -115,12 +117,16 @@ class GPTStage(MegatronModule):
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
-    def tied_weights(self) -> list[Tensor]:
+    def tied_weights(self) -> list[Any]:
         """What the first and the last stage both hold, in the same order on each."""
-        if self.is_adaptive:
-            return adaptive.tied_weights(self)
+        if not self.share_embeddings_and_output_weights:
+            return []
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            return self.embedding.tied_weights()
+        if isinstance(self.output_layer, AdaptiveSoftmax):
+            return self.output_layer.tables.tied_weights()
         weight = self.shared_embedding_or_output_weight()
-        return [weight] if weight is not None and self.share_embeddings_and_output_weights else []
+        return [] if weight is None else [weight]
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight as this stage holds it, if it does and there is one alone."""
@@ -132,7 +138,8 @@ class GPTStage(MegatronModule):
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
-        with labels), or this rank's logits [S, B, V] (last stage without)."""
+        with labels), or this rank's logits [S, B, V] (last stage without; an adaptive softmax gives
+        the log probabilities of the whole vocabulary)."""
         hidden = self._embed(tokens_BS) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None)
         if not self.post_process:
@@ -267,7 +274,12 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
     norm = NORMS[config.model.normalization]
     attention = SelfAttentionSubmodules(
         linear_qkv=tensor_parallel.ColumnParallelLinear,
-        core_attention=functools.partial(CoreAttention, position=position, backend=backend),
+        core_attention=functools.partial(
+            CoreAttention,
+            position=position,
+            backend=backend,
+            dropout=config.model.dropout.attention,
+        ),
         linear_proj=tensor_parallel.RowParallelLinear,
     )
     return ModuleSpec(

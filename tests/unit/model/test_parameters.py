@@ -31,6 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": GROUPED,
     "grouped queries, no bias": {**GROUPED, "bias": False},
     "sinusoidal, odd depth": {"position": "sinusoidal", "num_layers": 3},
+    "no final norm": {"final_norm": False},
+    "two adaptive bands": {"adaptive": {"cutoffs": [40]}},
+    "three adaptive bands": {"adaptive": {"cutoffs": [40, 100], "factor": 2}, "final_norm": False},
     "llama-like": {
         **GROUPED,
         "activation": "swiglu",
