@@ -1,11 +1,13 @@
 """Dropout: which ranks drop alike, what recomputing and resuming must draw again."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from distributed_lm import process_groups
 from distributed_lm.config import RunConfig
@@ -55,14 +57,13 @@ def dropped(config: RunConfig) -> dict[str, Any]:
     heads = 4 // groups.layout.tensor
     zeros = torch.zeros(16, 256, heads, 16)
     keys = torch.eye(16)[:, None, None, :].expand(16, 256, heads, 16)
-    weights = attention(zeros, zeros, keys).view(16, 256, heads, 16)
-    causal = torch.ones(16, 16).tril().bool()[:, None, None, :].expand_as(weights)
-
     # No gradient reaches an input that was dropped.
-    length = 64 // (groups.layout.tensor if groups.layout.sequence else 1)
     inner = torch.ones(64, 8, 256 // groups.layout.tensor, requires_grad=True)
-    output, _ = layer.mlp.linear_fc2(inner)
-    assert output.size(0) == length
+    # As Megatron's block runs its layers.
+    with get_cuda_rng_tracker().fork() if groups.layout.sequence else nullcontext():
+        weights = attention(zeros, zeros, keys).view(16, 256, heads, 16)
+        output, _ = layer.mlp.linear_fc2(inner)
+    causal = torch.ones(16, 16).tril().bool()[:, None, None, :].expand_as(weights)
     output.square().sum().backward()
 
     stage.eval()
