@@ -5,6 +5,7 @@ rejects unknown keys, and runs every check that needs more than one field. Impor
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ CountOrOff = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 # Overrides that build the model unsplit: evaluation is not bound to the layout of training.
 WHOLE_MODEL_LAYOUT = (
@@ -36,6 +38,16 @@ WHOLE_MODEL_LAYOUT = (
 T5_BUCKETS = 32
 T5_MAX_DISTANCE = 128
 
+# Fields that one kind alone reads, and that kind: set for another they would silently do nothing.
+SCHEDULE_FIELDS = {
+    "decay_steps": "wsd",
+    "warmup_start_ratio": "cosine_restarts",
+    "period_steps": "cosine_restarts",
+    "period_multiplier": "cosine_restarts",
+    "period_shrink": "cosine_restarts",
+}
+OPTIMIZER_FIELDS = {"momentum": "nag", "beta1": "adamw", "beta2": "adamw", "epsilon": "adamw"}
+
 # A run's name becomes a folder, a Slurm job name and a W&B run name: nothing a shell could read.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -44,6 +56,39 @@ class Section(pydantic.BaseModel):
     """One block of a config file. Unknown keys are errors; values do not change after loading."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class AdaptiveConfig(Section):
+    """Words in bands by frequency, rarer ones narrower (Baevski and Auli 2019), tied with an
+    adaptive softmax over the same bands (Grave et al. 2017). Token ids must be sorted by frequency,
+    as ``prepare-data --tokenizer words`` does."""
+
+    cutoffs: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """First token id of every band after the first, ascending."""
+    factor: Annotated[int, Field(ge=2)] = 4
+    """A band's embeddings are this many times narrower than those of the band before it."""
+    dropout: DropoutRate = 0.0
+    """In the softmax: of its input, and of each projection of it; off = 0."""
+
+    def band_sizes(self, vocab_size: int) -> list[int]:
+        """Words of each band."""
+        edges = (0, *self.cutoffs, vocab_size)
+        return [stop - start for start, stop in pairwise(edges)]
+
+    def band_widths(self, hidden_size: int) -> list[int]:
+        """Width of each band's embeddings."""
+        return [hidden_size // self.factor**band for band in range(len(self.cutoffs) + 1)]
+
+
+class DropoutConfig(Section):
+    """Share of values that are zeroed in training; off = 0."""
+
+    hidden: DropoutRate = 0.0
+    """Of the embeddings, and of what each block adds to the residual stream."""
+    attention: DropoutRate = 0.0
+    """Of the attention weights."""
+    activation: DropoutRate = 0.0
+    """Inside the feed-forward block, after the activation."""
 
 
 class ModelConfig(Section):
@@ -73,11 +118,19 @@ class ModelConfig(Section):
     """The output projection is the input embedding."""
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Applied before each block and once at the end (pre-norm)."""
+    final_norm: bool = True
+    """The norm at the end; off = the last block's output goes to the output projection as it is."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream get
     this divided by √(2 × num_layers)."""
+    initialization: Literal["normal", "fairseq"] = "normal"
+    """Initial weights: normal with ``init_std``, or by fairseq's rules, which need no number."""
+    adaptive: AdaptiveConfig | None = None
+    """Adaptive embedding and softmax; off = one matrix for all words."""
+    dropout: DropoutConfig = DropoutConfig()
+    """Dropout rates while training."""
 
     @property
     def head_dim(self) -> int:
@@ -175,25 +228,41 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "nag"] = "adamw"
+    """AdamW, or Nesterov's accelerated gradient as fairseq has it."""
     learning_rate: PositiveFloat
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """For matrices; biases and norms are never decayed."""
+    """For matrices, not through the gradient (decoupled); biases and norms are never decayed."""
+    momentum: Fraction = 0.99
+    """``nag`` only: decay of the accumulated gradient."""
     beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """``adamw`` only: decay of the first moment."""
     beta2: Fraction = 0.95
-    """Decay of the second moment."""
+    """``adamw`` only: decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """``adamw`` only: added to the root of the second moment."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 = off."""
 
 
 class ScheduleConfig(Section):
-    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
-    """Shape after warm-up; ``wsd`` holds the peak, then decays linearly (warmup-stable-decay)."""
+    kind: Literal["constant", "linear", "cosine", "cosine_restarts", "inverse_sqrt", "wsd"] = (
+        "cosine"
+    )
+    """Shape after warm-up; ``wsd`` holds the peak, then decays linearly (warmup-stable-decay);
+    ``cosine_restarts`` is fairseq's ``cosine`` (warm restarts, Loshchilov and Hutter 2017)."""
     warmup_steps: CountOrOff = 0
     """Steps of linear rise from 0 to the peak."""
+    warmup_start_ratio: Fraction = 0.0
+    """``cosine_restarts`` only: learning rate of the first step, as a fraction of the peak."""
+    period_steps: Count | None = None
+    """``cosine_restarts`` only: steps from the end of warm-up to the first restart; off = all that
+    are left."""
+    period_multiplier: Annotated[float, Field(ge=1.0)] = 1.0
+    """``cosine_restarts`` only: each period is this many times as long as the one before."""
+    period_shrink: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """``cosine_restarts`` only: peak and floor of each period are these times those before."""
     total_steps: Count | None = None
     """Step at which the decay ends; off = ``train.steps``."""
     decay_steps: Count | None = None
@@ -356,11 +425,8 @@ def check_config(config: RunConfig) -> None:
     _check_model(config.model)
     _check_lengths(config)
     check_layout(config)
-    if config.schedule.decay_steps is not None and config.schedule.kind != "wsd":
-        raise ConfigError(
-            f"schedule.decay_steps={config.schedule.decay_steps} has a meaning for "
-            f"schedule.kind=wsd only, found {config.schedule.kind}; leave it out"
-        )
+    _check_only_for(config.schedule, "schedule", SCHEDULE_FIELDS)
+    _check_only_for(config.optimizer, "optimizer", OPTIMIZER_FIELDS)
     if config.precision != "fp32" and config.zero.stage == 0:
         raise ConfigError(
             f"zero.stage=0 keeps no fp32 master weights for precision={config.precision}; "
@@ -397,6 +463,17 @@ def parse_lengths(text: str, option: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _check_only_for(section: Any, name: str, kinds: dict[str, str]) -> None:
+    """Reject a field that is set although the section's ``kind`` does not read it."""
+    for field, kind in kinds.items():
+        value = getattr(section, field)
+        if value != type(section).model_fields[field].default and section.kind != kind:
+            raise ConfigError(
+                f"{name}.{field}={value} has a meaning for {name}.kind={kind} only, "
+                f"found {section.kind}; leave it out"
+            )
+
+
 def _check_model(model: ModelConfig) -> None:
     heads = model.num_attention_heads
     if model.hidden_size % heads:
@@ -408,6 +485,29 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.num_attention_heads={heads} is not a multiple of "
             f"model.num_key_value_heads={model.num_key_value_heads}; choose a divisor of {heads}"
+        )
+    if model.adaptive is not None:
+        _check_adaptive(model, model.adaptive)
+
+
+def _check_adaptive(model: ModelConfig, adaptive: AdaptiveConfig) -> None:
+    edges = [*adaptive.cutoffs, *([model.vocab_size] if model.vocab_size else [])]
+    if any(after <= before for before, after in pairwise(edges)):
+        raise ConfigError(
+            f"model.adaptive.cutoffs={list(adaptive.cutoffs)} with model.vocab_size="
+            f"{model.vocab_size}: expected ascending numbers below the vocabulary's size"
+        )
+    narrowest = adaptive.factor ** len(adaptive.cutoffs)
+    if model.hidden_size % narrowest:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} is not a multiple of model.adaptive.factor="
+            f"{adaptive.factor} to the power of {len(adaptive.cutoffs)} cutoffs = {narrowest}, by "
+            "which the rarest words' embeddings are narrower; choose a multiple or fewer cutoffs"
+        )
+    if not model.tie_embeddings:
+        raise ConfigError(
+            "model.tie_embeddings=false: model.adaptive ties its input and output embeddings "
+            "always; set model.tie_embeddings=true"
         )
 
 

@@ -140,6 +140,8 @@ def check_layout(config: RunConfig) -> None:
         "model.ffn_hidden_size": model.ffn_size,
         "model.vocab_size": model.vocab_size,
     }
+    for index, cutoff in enumerate(model.adaptive.cutoffs if model.adaptive else ()):
+        sharded[f"model.adaptive.cutoffs.{index}"] = cutoff
     for field, size in sharded.items():
         if size is not None and size % parallel.tensor:
             raise ConfigError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from distributed_lm import platform
 from distributed_lm.checkpoint.folders import read_state, saved_steps
@@ -24,6 +25,7 @@ from distributed_lm.model.gpt import padded_vocab_size
 # its content is compared; anything not listed here may change from one start to the next.
 IDENTITY = (
     "seed", "model", "data.sequence_length", "data.block_length", "batch.global_batch_size",
+    "optimizer.kind",
 )  # fmt: skip
 
 
@@ -98,13 +100,21 @@ def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[st
                 f"data.path: {name} {value[:12]}, but {config.run_dir} was trained with "
                 f"{saved['data'][name][:12]}{other}"
             )
-    changes = differences(saved["config"], config.model_dump(mode="json"))
+    changes = differences(_with_defaults(saved["config"]), config.model_dump(mode="json"))
     for field, (old, new) in changes.items():
         if any(field == fixed or field.startswith(fixed + ".") for fixed in IDENTITY):
             raise ConfigError(
                 f"{field}={new}, but {config.run_dir} holds a run with {field}={old}{other}"
             )
     return [f"{field}: {old} -> {new}" for field, (old, new) in changes.items()]
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config, of a program that had fewer fields, says what it did without them."""
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except pydantic.ValidationError:
+        return saved
 
 
 def _newest_readable_state(run_dir: Path, steps: list[int]) -> dict[str, Any] | None:

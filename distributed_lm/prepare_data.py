@@ -13,7 +13,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from distributed_lm.data.inputs import Piece, Shard, find_hub_pieces, find_pieces, group_pieces
+from distributed_lm.data.inputs import (
+    Piece,
+    Shard,
+    find_hub_pieces,
+    find_pieces,
+    find_wikitext_pieces,
+    group_pieces,
+)
 from distributed_lm.data.manifest import SPLITS, WORK_SUFFIX, Manifest
 from distributed_lm.data.merge import publish, refuse_occupied
 from distributed_lm.data.plan import (
@@ -42,7 +49,7 @@ Inputs = Annotated[
 ]
 Output = Annotated[Path, typer.Option(help="Folder of the data set; made at the very end.")]
 TokenizerSpec = Annotated[
-    str, typer.Option(help="gpt2, bytes, bpe:VOCABSIZE (trained here), or a tokenizer.json.")
+    str, typer.Option(help="gpt2, bytes, words or bpe:VOCABSIZE (made here), or a tokenizer.json.")
 ]
 TextField = Annotated[str, typer.Option(help="JSON key or Parquet column that holds the text.")]
 SplitShares = Annotated[
@@ -62,6 +69,14 @@ HubName = Annotated[
 ]
 HubConfig = Annotated[str | None, typer.Option(help="Configuration of --dataset.")]
 HubSplit = Annotated[str, typer.Option(help="Split of --dataset to read.")]
+WikiText = Annotated[
+    bool,
+    typer.Option(
+        "--wikitext",
+        help="--dataset has WikiText's form: its own train, validation and test splits, and one "
+        "row per line; its articles become documents.",
+    ),
+]
 EndOfDocument = Annotated[
     str | None, typer.Option(help="Token of the tokenizer.json that ends a document.")
 ]
@@ -83,6 +98,7 @@ def prepare_data(
     dataset: HubName = None,
     dataset_config: HubConfig = None,
     dataset_split: HubSplit = "train",
+    wikitext: WikiText = False,
     end_of_document: EndOfDocument = None,
     resume: Resume = True,
 ) -> None:
@@ -90,10 +106,12 @@ def prepare_data(
     # The docstring is the help text, so the errors stand here: DataError for anything wrong with
     # the inputs, the options or the output folder.
     console = Console(highlight=False, soft_wrap=True)
-    recipe = Recipe(text_field, seed, parse_split(split))
+    # Of WikiText's own splits nothing is left to share out.
+    recipe = Recipe(text_field, seed, (1.0, 0.0, 0.0) if wikitext else parse_split(split))
     chosen = parse_shard(shard) if shard else None
     kind, argument = parse_spec(tokenizer)
-    pieces = _find(inputs, (dataset, dataset_config, dataset_split), shard_megabytes)
+    hub = (dataset, dataset_config, None if wikitext else dataset_split)
+    pieces = _find(inputs, hub, shard_megabytes)
     settings = {
         "tokenizer": _tokenizer_identity(tokenizer, argument, end_of_document),
         "text_field": text_field,
@@ -180,12 +198,18 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def _find(
-    inputs: Sequence[str] | None, hub: tuple[str | None, str | None, str], shard_megabytes: float
+    inputs: Sequence[str] | None,
+    hub: tuple[str | None, str | None, str | None],
+    shard_megabytes: float,
 ) -> list[Piece]:
     name, config, split = hub
+    if split is None and not name:
+        raise DataError("--wikitext: says how a --dataset is read; name one, or leave it out")
     if bool(inputs) == bool(name):
         raise DataError("expected either INPUT files or --dataset NAME; give one of the two")
-    if name:
+    if name and split is None:
+        return find_wikitext_pieces(name, config)
+    if name and split:
         return find_hub_pieces(name, config, split)
     return find_pieces(inputs or (), _to_bytes(shard_megabytes))
 

@@ -139,7 +139,8 @@ def shortened(config: RunConfig, rungs: Sequence[Rung]) -> list[str]:
         "train.profile.start_step=0", f"batch.global_batch_size={batch}",
         # Not of train.steps, which grows for the interruptions; and no steps that change nothing.
         "schedule.kind=constant", "schedule.warmup_steps=5", "schedule.total_steps=null",
-        "schedule.decay_steps=null",
+        "schedule.decay_steps=null", "schedule.period_steps=null", "schedule.period_multiplier=1",
+        "schedule.period_shrink=1", "schedule.warmup_start_ratio=0",
         "evaluation.every=0", f"evaluation.lengths=[{length}]",
         f"evaluation.max_tokens={32 * length}",
         f"checkpoint.save_every={STEPS // 2}", "checkpoint.keep_last=2", "checkpoint.keep_every=0",

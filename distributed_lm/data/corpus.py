@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed_lm.data.inputs import Piece
 from distributed_lm.data.openers import hub_rows, open_bytes, open_parquet, unreadable
+from distributed_lm.data.wikitext import articles
 from distributed_lm.errors import DataError
 
 INVALID_UTF8 = "invalid UTF-8"
@@ -43,7 +44,13 @@ def read_all(pieces: Iterable[Piece], text_field: str, skipped: Skipped) -> Iter
     Raises:
         DataError: naming a file that cannot be read to its end.
     """
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub}
+    readers = {
+        "text": _read_text,
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+        "hub": _read_hub,
+        "wikitext": _read_wikitext,
+    }
     for piece in pieces:
         for value, place in readers[piece.format](piece, text_field, skipped):
             text = _usable_text(value, place, skipped)
@@ -154,3 +161,7 @@ def _read_hub(piece: Piece, text_field: str, skipped: Skipped) -> Iterator[tuple
             yield row[text_field], place
         else:
             skipped.add(NO_FIELD, f"{place} (found: {', '.join(row)})"[:200])
+
+
+def _read_wikitext(piece: Piece, text_field: str, skipped: Skipped) -> Iterator[tuple[Any, str]]:
+    yield from articles(_read_hub(piece, text_field, skipped))

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distributed_lm.data.manifest import SplitName
 from distributed_lm.data.openers import open_hub_dataset, open_parquet
+from distributed_lm.data.wikitext import HUB_SPLITS
 from distributed_lm.errors import DataError
 
 FORMATS = {
@@ -27,9 +29,9 @@ class Piece:
     """A part of one input: a byte range, some Parquet row groups, or a shard of a hub data set."""
 
     format: str
-    """``text``, ``jsonl``, ``parquet`` or ``hub``."""
+    """``text``, ``jsonl``, ``parquet``, ``hub`` or ``wikitext`` (hub rows that are lines)."""
     path: str
-    """File to open; for ``hub`` the data set's name."""
+    """File to open; for ``hub`` and ``wikitext`` the data set's name."""
     name: str
     """The path below the input that was given: the same on every machine."""
     start: int
@@ -39,15 +41,20 @@ class Piece:
     size: int
     """Bytes on disk, to balance shards and to show progress; 0 if not known."""
     config: str = ""
-    """``hub`` only: the data set's configuration."""
+    """``hub`` and ``wikitext`` only: the data set's configuration."""
     hub_split: str = ""
-    """``hub`` only: the data set's own split."""
+    """``hub`` and ``wikitext`` only: the data set's own split."""
 
     def identity(self) -> dict[str, object]:
         """What makes the same piece on another machine."""
         values = dataclasses.asdict(self)
         del values["path"]
         return values
+
+    @property
+    def split(self) -> SplitName | None:
+        """Where all its documents go; None = each by its text."""
+        return HUB_SPLITS[self.hub_split] if self.format == "wikitext" else None
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,23 @@ def find_hub_pieces(name: str, config: str | None, split: str) -> list[Piece]:
     ]
 
 
+def find_wikitext_pieces(name: str, config: str | None) -> list[Piece]:
+    """The three splits of a data set in WikiText's form, each whole: articles span its files.
+
+    Raises:
+        DataError: if one cannot be opened.
+    """
+    for split in HUB_SPLITS:
+        open_hub_dataset(name, config, split)
+    return [Piece("wikitext", name, name, 0, 1, 0, config or "", split) for split in HUB_SPLITS]
+
+
 def group_pieces(pieces: Iterable[Piece], bytes_per_shard: int) -> list[Shard]:
     """Consecutive pieces in shards of about ``bytes_per_shard``; each hub piece stands alone."""
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:
-        if not groups or piece.format == "hub" or size + piece.size > bytes_per_shard:
+        if not groups or piece.format in ("hub", "wikitext") or size + piece.size > bytes_per_shard:
             groups.append([])
             size = 0
         groups[-1].append(piece)

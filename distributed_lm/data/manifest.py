@@ -50,7 +50,7 @@ class SplitRecord(Record):
 
 
 class TokenizerRecord(Record):
-    kind: Literal["gpt2", "bytes", "bpe", "json"]
+    kind: Literal["gpt2", "bytes", "words", "bpe", "json"]
     fingerprint: str
     """SHA-256 of what determines the token ids: equal means the same ids for the same text."""
     file: str | None = None

@@ -47,12 +47,17 @@ def open_parquet(path: str) -> Any:
 def open_hub_dataset(name: str, config: str | None, split: str) -> Any:
     """A streaming ``datasets.IterableDataset``.
 
+    Args:
+        name: on the hub, or a folder with its files, or one that ``save_to_disk`` wrote.
+
     Raises:
         DataError: with the library's reason, if it cannot be opened.
     """
     import datasets
 
     with _hub_errors(name):
+        if (Path(name) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)[split].to_iterable_dataset()
         return datasets.load_dataset(name, config, split=split, streaming=True)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from distributed_lm.data.manifest import (
 )
 from distributed_lm.data.shards import Recipe, choose_split, shard_key, writable, write_durably
 from distributed_lm.data.tokenizer import TOKENIZER_FILE, Tokenizer, open_tokenizer, train_bpe
+from distributed_lm.data.words import train_words
 from distributed_lm.errors import DataError
 
 PLAN = "plan.json"
@@ -148,9 +150,14 @@ def _provide_tokenizer(file: Path, request: Request, retrain: bool) -> Tokenizer
     """Copy or train the tokenizer into ``file``, if its kind has one, and open it."""
     if isinstance(request.tokenizer_argument, Path):
         _replace(file, request.tokenizer_argument.read_text(encoding="utf-8"))
-    elif isinstance(request.tokenizer_argument, int) and (retrain or not file.exists()):
+    elif request.tokenizer_kind in ("bpe", "words") and (retrain or not file.exists()):
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        train_bpe(_training_texts(request), request.tokenizer_argument, temporary)
+        if isinstance(request.tokenizer_argument, int):
+            train_bpe(
+                _training_texts(request, _BPE_TRAINING_BYTES), request.tokenizer_argument, temporary
+            )
+        else:
+            train_words(_training_texts(request), temporary)
         os.replace(temporary, file)
     return open_tokenizer(request.tokenizer_kind, file, request.end_of_document)
 
@@ -179,15 +186,18 @@ def _refuse_other_settings(work: Path, earlier: Plan, request: Request) -> None:
         )
 
 
-def _training_texts(request: Request) -> Iterator[str]:
-    """Training documents from the head of every shard, so from all over the corpus."""
+def _training_texts(request: Request, most_bytes: int | None = None) -> Iterator[str]:
+    """Training documents, up to about ``most_bytes``: those from the head of every shard, so from
+    all over the corpus."""
     recipe = request.recipe
-    share = max(1, _BPE_TRAINING_BYTES // len(request.shards))
+    share = max(1, most_bytes // len(request.shards)) if most_bytes else math.inf
     for shard in request.shards:
-        taken = 0
+        taken, own_split = 0, shard.pieces[0].split
+        if own_split not in (None, "train"):
+            continue
         for text in read_all(shard.pieces, recipe.text_field, Skipped()):
             encoded = text.encode("utf-8")
-            if choose_split(encoded, recipe.seed, recipe.split) == "train":
+            if (own_split or choose_split(encoded, recipe.seed, recipe.split)) == "train":
                 taken += len(encoded)
                 yield text
             if taken >= share:

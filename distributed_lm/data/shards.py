@@ -146,12 +146,13 @@ def _tokenize(
     writers = {split: SplitWriter(folder / split, dtype, end) for split in SPLITS}
     skipped = Skipped()
     documents = size = 0
+    own_split = shard.pieces[0].split
     with contextlib.ExitStack() as files:
         for writer in writers.values():
             files.enter_context(writer)
         for text in read_all(shard.pieces, recipe.text_field, skipped):
             encoded = text.encode("utf-8")
-            split = choose_split(encoded, recipe.seed, recipe.split)
+            split = own_split or choose_split(encoded, recipe.seed, recipe.split)
             writers[split].add(tokenizer.encode(text), len(encoded))
             documents, size = documents + 1, size + len(encoded)
             if size >= _REPORT_EVERY_BYTES:

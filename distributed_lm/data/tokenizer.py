@@ -1,7 +1,8 @@
-"""Text to token ids: GPT-2's vocabulary, UTF-8 bytes, or any ``tokenizer.json``.
+"""Text to token ids: GPT-2's vocabulary, UTF-8 bytes, words, or any ``tokenizer.json``.
 
-A tokenizer is named by a *spec*: ``gpt2``, ``bytes``, ``bpe:VOCABSIZE`` (trained on the corpus)
-or the path of a ``tokenizer.json``. Imports its libraries on use, so ``--help`` stays fast.
+A tokenizer is named by a *spec*: ``gpt2``, ``bytes``, ``bpe:VOCABSIZE`` (trained on the corpus),
+``words`` (all of the corpus, ``words.py``) or the path of a ``tokenizer.json``. Imports its
+libraries on use, so ``--help`` stays fast.
 """
 
 import functools
@@ -99,7 +100,7 @@ class JsonTokenizer:
 
     Args:
         path: the file.
-        kind: ``bpe`` if we trained it, else ``json``.
+        kind: ``bpe`` or ``words`` if we trained it, else ``json``.
         end_of_document: name of the token; off = the first known name in the vocabulary.
 
     Raises:
@@ -149,7 +150,8 @@ class JsonTokenizer:
 def open_tokenizer(
     kind: str, file: Path | None = None, end_of_document: str | None = None
 ) -> Tokenizer:
-    """The tokenizer of a ``TokenizerRecord.kind``, with its file for ``bpe`` and ``json``."""
+    """The tokenizer of a ``TokenizerRecord.kind``, with its file for all but ``bytes`` and
+    ``gpt2``."""
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "gpt2":
@@ -181,12 +183,12 @@ def tokenizer_of(folder: str | Path, manifest: Manifest) -> Tokenizer:
 
 
 def parse_spec(spec: str) -> tuple[str, int | Path | None]:
-    """``gpt2``, ``bytes``, ``bpe:VOCABSIZE`` or a path, as (kind, argument).
+    """``gpt2``, ``bytes``, ``words``, ``bpe:VOCABSIZE`` or a path, as (kind, argument).
 
     Raises:
         DataError: if it is none of these.
     """
-    if spec in ("gpt2", "bytes"):
+    if spec in ("gpt2", "bytes", "words"):
         return spec, None
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
@@ -200,7 +202,7 @@ def parse_spec(spec: str) -> tuple[str, int | Path | None]:
     if Path(spec).is_file():
         return "json", Path(spec)
     raise DataError(
-        f"--tokenizer {spec}: expected gpt2, bytes, bpe:VOCABSIZE or the path of a "
+        f"--tokenizer {spec}: expected gpt2, bytes, words, bpe:VOCABSIZE or the path of a "
         "tokenizer.json, and there is no such file"
     )
 

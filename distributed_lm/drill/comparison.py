@@ -43,7 +43,8 @@ OTHER_LAYOUT = {
 
 # Parts of a checkpoint by the start of their tensors' names.
 WEIGHTS = {"weights": "model.", "master weights": "optimizer.master."}
-MOMENTS = {"first moments": "optimizer.exp_avg.", "second moments": "optimizer.exp_avg_sq."}
+ADAM = {"first moments": "optimizer.exp_avg.", "second moments": "optimizer.exp_avg_sq."}
+NESTEROV = {"momenta": "optimizer.momentum_buffer."}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def compare_states(
     """Every tensor of two final checkpoints; random states only where the layout never changed,
     since another layout has other ranks to hold them."""
     parts = [(part, prefix, tolerance.weights) for part, prefix in WEIGHTS.items()]
-    parts += [(part, prefix, tolerance.moments) for part, prefix in MOMENTS.items()]
+    moments = NESTEROV if _with_prefix(reference, NESTEROV["momenta"]) else ADAM
+    parts += [(part, prefix, tolerance.moments) for part, prefix in moments.items()]
     if tolerance.is_exact:
         parts.append(("random states", "random.", 0.0))
     return [_compare_part(*part, reference, drilled) for part in parts]

@@ -2,7 +2,8 @@
 
 Shapes: B batch, N query heads of this rank, G key/value heads, Q queries, K keys, H head dim.
 Queries are the last Q of the K positions, so Q < K is a continuation. Each backend takes
-``(query_BNQH, key_BGKH, value_BGKH, position)`` and returns [B, N, Q, H] in the query's dtype.
+``(query_BNQH, key_BGKH, value_BGKH, position, dropout)``, the last the share of attention weights
+to zero, and returns [B, N, Q, H] in the query's dtype.
 """
 
 import functools
@@ -19,7 +20,7 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.model.alibi import slopes_tensor
 from distributed_lm.model.positions import PositionMethod
 
-Attend = Callable[[Tensor, Tensor, Tensor, PositionMethod], Tensor]
+Attend = Callable[..., Tensor]
 
 # Largest bias kept at once, in fp32 elements (256 MiB): longer inputs go through in query chunks.
 MAX_BIAS_ELEMENTS = 1 << 26
@@ -31,7 +32,11 @@ MAX_COMPILED_SHAPES = 128
 
 
 def reference(
-    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q·kᵀ/√H + bias) · v, every step in fp32 and in full."""
     query, key, value = (tensor.float() for tensor in (query_BNQH, key_BGKH, value_BGKH))
@@ -40,18 +45,28 @@ def reference(
     num_queries, num_keys = scores_BNQK.shape[-2:]
     queries = range(num_keys - num_queries, num_keys)
     scores_BNQK = scores_BNQK + causal_bias(position, queries, num_keys, query.device)
-    return (torch.softmax(scores_BNQK, dim=-1) @ value).to(query_BNQH.dtype)
+    weights_BNQK = F.dropout(torch.softmax(scores_BNQK, dim=-1), dropout)
+    return (weights_BNQK @ value).to(query_BNQH.dtype)
 
 
 def sdpa(
-    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    dropout: float = 0.0,
 ) -> Tensor:
     """PyTorch's fused attention with the bias as an fp32 mask, in chunks of bounded memory."""
     grouped = key_BGKH.size(1) != query_BNQH.size(1)
     num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
     if not position.has_bias and num_queries == num_keys:
         return F.scaled_dot_product_attention(
-            query_BNQH, key_BGKH, value_BGKH, is_causal=True, enable_gqa=grouped
+            query_BNQH,
+            key_BGKH,
+            value_BGKH,
+            dropout_p=dropout,
+            is_causal=True,
+            enable_gqa=grouped,
         )
     dtype = query_BNQH.dtype
     if query_BNQH.is_cuda:
@@ -74,6 +89,7 @@ def sdpa(
                 value_BGKH[:, :, :visible],
                 # Four dimensions: with three, torch leaves the fused kernel and keeps all scores.
                 attn_mask=bias[None],
+                dropout_p=dropout,
                 enable_gqa=grouped,
             )
         )
@@ -81,9 +97,14 @@ def sdpa(
 
 
 def flex(
-    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    dropout: float = 0.0,
 ) -> Tensor:
     """FlexAttention: causal block mask, bias computed in the kernel."""
+    assert dropout == 0.0, "choose_backend lets no dropout through to FlexAttention"
     num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
     attend = _compiled_flex() if query_BNQH.is_cuda else _flex_module().flex_attention
     return attend(
@@ -97,7 +118,11 @@ def flex(
 
 
 def flash(
-    query_BNQH: Tensor, key_BGKH: Tensor, value_BGKH: Tensor, position: PositionMethod
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    dropout: float = 0.0,
 ) -> Tensor:
     """FlashAttention-2 with ``alibi_slopes``; its causal mask is aligned to the last key."""
     from flash_attn import flash_attn_func
@@ -107,6 +132,7 @@ def flash(
         slopes = slopes_tensor(position.linear_slopes, query_BNQH.device)
     context_BQNH = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query_BNQH, key_BGKH, value_BGKH)),
+        dropout_p=dropout,
         causal=True,
         alibi_slopes=slopes,
     )
@@ -122,7 +148,11 @@ BACKENDS: dict[str, Attend] = {
 
 
 def choose_backend(
-    name: str, position: PositionMethod, device: torch.device, dtype: torch.dtype
+    name: str,
+    position: PositionMethod,
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
 ) -> str:
     """The backend to use: ``name``, or for ``auto`` the fastest that fits.
 
@@ -132,8 +162,11 @@ def choose_backend(
     """
     if name == "auto":
         can_flex = not position.has_bias or type(position).score_mod is not _no_score_mod()
+        can_flex &= dropout == 0.0
         return "flex" if device.type == "cuda" and can_flex else "sdpa"
     problem = unavailable_reason(name, position, device, dtype)
+    if name == "flex" and dropout > 0.0:
+        problem = problem or f"FlexAttention has no dropout, and model.dropout.attention={dropout}"
     if problem:
         raise ConfigError(f"attention.backend={name}: {problem}; use attention.backend=auto")
     return name

@@ -4,20 +4,23 @@ Shapes: S queries, K keys, B batch, N query heads of this rank, G key/value head
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from distributed_lm.model.attention_backends import BACKENDS
+from distributed_lm.model.dropout import sharded_random_state
 from distributed_lm.model.positions import PositionMethod
 
 
 class CoreAttention(nn.Module):
     """Causal attention with a position method's rotation and bias.
 
-    Megatron builds one per layer through the layer spec; ``position`` and ``backend`` are bound
-    there. Queries are the last S of the K key positions, whatever the lengths.
+    Megatron builds one per layer through the layer spec; ``position``, ``backend`` and
+    ``dropout`` (of the attention weights) are bound there. Queries are the last S of the K key
+    positions, whatever the lengths.
     """
 
     position: PositionMethod
@@ -29,11 +32,14 @@ class CoreAttention(nn.Module):
         layer_number: int,
         position: PositionMethod,
         backend: str,
+        dropout: float = 0.0,
         **_megatron: Any,
     ) -> None:
         super().__init__()
+        self.config = config
         self.layer_number = layer_number
         self.backend = backend
+        self.dropout = dropout
         # Not as a submodule: the stage owns it and its parameters.
         object.__setattr__(self, "position", position)
 
@@ -50,12 +56,10 @@ class CoreAttention(nn.Module):
             raise ValueError("CoreAttention masks causally by itself and takes no attention_mask")
         first_query = key_KBGH.size(0) - query_SBNH.size(0)
         query_SBNH, key_KBGH = self.position.rotate(query_SBNH, key_KBGH, first_query)
-        context_BNSH = BACKENDS[self.backend](
-            query_SBNH.permute(1, 2, 0, 3),
-            key_KBGH.permute(1, 2, 0, 3),
-            value_KBGH.permute(1, 2, 0, 3),
-            self.position,
-        )
+        tensors = [tensor.permute(1, 2, 0, 3) for tensor in (query_SBNH, key_KBGH, value_KBGH)]
+        dropout = self.dropout if self.training else 0.0
+        with sharded_random_state(self.config) if dropout else nullcontext():
+            context_BNSH = BACKENDS[self.backend](*tensors, self.position, dropout)
         context_SBNH = context_BNSH.permute(2, 0, 1, 3)
         return context_SBNH.reshape(*context_SBNH.shape[:2], -1)
 

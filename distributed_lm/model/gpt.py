@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, D hidden, V vocabulary of this tensor-parallel rank
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,10 +30,13 @@ from torch import Tensor
 
 from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
+from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
+from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
 from distributed_lm.model.chunked_loss import losses_in_chunks
 from distributed_lm.model.core_attention import CoreAttention
+from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
 from distributed_lm.model.positions.lending import LentPosition
@@ -70,7 +74,16 @@ class GPTStage(MegatronModule):
         self.position = position.owner
         self.lent_position = position  # no submodule: its weights are the owner's
         self.tensor_rank = groups.coordinates.tensor
-        if pre_process:
+        self.is_adaptive = model.adaptive is not None
+        # fairseq scales the word embeddings of every position method's model, the paper's too.
+        self.embedding_scale = (
+            math.sqrt(model.hidden_size) if self.is_adaptive else self.position.embedding_scale
+        )
+        self.embedding: Any = None
+        self.output_layer: Any = None
+        if pre_process and self.is_adaptive:
+            self.embedding = AdaptiveEmbedding(config, model, vocab_size, groups)
+        elif pre_process:
             self.embedding = tensor_parallel.VocabParallelEmbedding(
                 vocab_size,
                 model.hidden_size,
@@ -84,10 +97,14 @@ class GPTStage(MegatronModule):
             block,
             pre_process=pre_process,
             post_process=post_process,
+            post_layer_norm=model.final_norm,
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
-        if post_process:
+        if post_process and self.is_adaptive:
+            tied = self.embedding if pre_process else None
+            self.output_layer = AdaptiveSoftmax(config, model, vocab_size, groups, tied)
+        elif post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 model.hidden_size,
                 vocab_size,
@@ -103,15 +120,29 @@ class GPTStage(MegatronModule):
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
+    def tied_weights(self) -> list[Any]:
+        """What the first and the last stage both hold, in the same order on each."""
+        if not self.share_embeddings_and_output_weights:
+            return []
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            return self.embedding.tied_weights()
+        if isinstance(self.output_layer, AdaptiveSoftmax):
+            return self.output_layer.tables.tied_weights()
+        weight = self.shared_embedding_or_output_weight()
+        return [] if weight is None else [weight]
+
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight as this stage holds it, if it does."""
+        """The tied weight as this stage holds it, if it does and there is one alone."""
+        if self.is_adaptive:
+            return None
         if self.pre_process:
             return self.embedding.weight
         return self.output_layer.weight if self.post_process else None
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
-        with labels), or this rank's logits [S, B, V] (last stage without)."""
+        with labels), or this rank's logits [S, B, V] (last stage without; an adaptive softmax gives
+        the log probabilities of the whole vocabulary)."""
         hidden = self._embed(tokens_BS) if self.pre_process else self.decoder.input_tensor
         hidden = self.lent_position.lend(hidden)
         if not self.pre_process:  # then the decoder takes it from there only
@@ -119,6 +150,8 @@ class GPTStage(MegatronModule):
         hidden = self.decoder(hidden_states=hidden, attention_mask=None)
         if not self.post_process:
             return hidden
+        if self.is_adaptive:
+            return self.output_layer(hidden, labels_BS)
         tied = self.share_embeddings_and_output_weights and self.pre_process
         weight = self.embedding.weight if tied else None
         if labels_BS is None:
@@ -138,9 +171,10 @@ class GPTStage(MegatronModule):
             first_position = self.tensor_rank * hidden.size(0)
         else:
             hidden = hidden.transpose(0, 1).contiguous()
-        if self.position.embedding_scale != 1.0:
-            hidden = hidden * self.position.embedding_scale
-        return self.position.embed(hidden, first_position)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
+        hidden = self.position.embed(hidden, first_position)
+        return replicated_dropout(hidden, self.config.hidden_dropout, self.training, self.config)
 
 
 def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> list[GPTStage]:
@@ -160,7 +194,9 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
         position.drop_weights()
     lent = LentPosition(position, groups.device)
     dtype = platform.DTYPES[config.precision]
-    backend = choose_backend(config.attention.backend, position, groups.device, dtype)
+    backend = choose_backend(
+        config.attention.backend, position, groups.device, dtype, config.model.dropout.attention
+    )
     transformer = transformer_config(config)
     layer = _layer_spec(config, lent.copy, backend)
     norm = NORMS[config.model.normalization]
@@ -211,8 +247,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         add_bias_linear=model.bias,
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_epsilon,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=model.dropout.hidden,
+        attention_dropout=model.dropout.attention,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=(
@@ -243,7 +279,12 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
     norm = NORMS[config.model.normalization]
     attention = SelfAttentionSubmodules(
         linear_qkv=tensor_parallel.ColumnParallelLinear,
-        core_attention=functools.partial(CoreAttention, position=position, backend=backend),
+        core_attention=functools.partial(
+            CoreAttention,
+            position=position,
+            backend=backend,
+            dropout=config.model.dropout.attention,
+        ),
         linear_proj=tensor_parallel.RowParallelLinear,
     )
     return ModuleSpec(
@@ -261,7 +302,10 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
                 module=MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=tensor_parallel.ColumnParallelLinear,
-                    linear_fc2=tensor_parallel.RowParallelLinear,
+                    linear_fc2=ModuleSpec(
+                        module=DropoutRowParallelLinear,
+                        params={"dropout": config.model.dropout.activation},
+                    ),
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -273,5 +317,14 @@ def padded_vocab_size(model: ModelConfig, data_vocab_size: int) -> int:
     """Rows of the embedding: as configured, or the data set's padded to a multiple of 64.
 
     The padding is independent of the layout, so a checkpoint fits any of them.
+
+    Raises:
+        ConfigError: if the vocabulary has no words for the last adaptive band.
     """
-    return model.vocab_size or -(-data_vocab_size // 64) * 64
+    rows = model.vocab_size or -(-data_vocab_size // 64) * 64
+    if model.adaptive is not None and rows <= model.adaptive.cutoffs[-1]:
+        raise ConfigError(
+            f"model.adaptive.cutoffs={list(model.adaptive.cutoffs)}: the data set's vocabulary has "
+            f"only {data_vocab_size} words; choose cutoffs below that"
+        )
+    return rows

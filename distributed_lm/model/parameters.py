@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from distributed_lm.config import ModelConfig
+from distributed_lm.model import initialization
+from distributed_lm.model.adaptive import TIED_COPY
 from distributed_lm.model.gpt import GPTStage
 from distributed_lm.process_groups import ProcessGroups
 
@@ -81,6 +83,8 @@ def parameter_shards(stages: list[GPTStage], groups: ProcessGroups) -> list[Para
                 partial = size > 1 and (slices_tokens or slices_heads)
             shape = tuple(parameter.shape)
             names = [EMBEDDING if tied_output else name]
+            if name.startswith(TIED_COPY):
+                tied_copy, names = True, ["embedding." + name.removeprefix(TIED_COPY)]
             if "linear_fc1" in name and stage.config.gated_linear_unit:
                 names = [
                     name.replace("linear_fc1", f"linear_fc1.{half}") for half in ("gate", "up")
@@ -99,7 +103,7 @@ def initialize_weights(shards: list[ParameterShard], model: ModelConfig, seed: i
     """Draw every weight from (seed, global name): the same model at any layout.
 
     N(0, init_std²), projections back into the residual stream with init_std / √(2·layers)
-    (GPT-2's rule); norms 1, biases 0.
+    (GPT-2's rule); norms 1, biases 0. Or as fairseq does: ``initialization.py``.
     """
     for shard in shards:
         for piece in shard.pieces:
@@ -108,7 +112,8 @@ def initialize_weights(shards: list[ParameterShard], model: ModelConfig, seed: i
 
 
 def _initial_block(piece: Piece, model: ModelConfig, seed: int, shape: torch.Size) -> Tensor:
-    if piece.name.endswith(".bias"):
+    is_fairseq = initialization.applies(piece.name, model)
+    if piece.name.endswith(".bias") and not is_fairseq:
         return torch.zeros(shape)
     if "norm" in piece.name:
         return torch.ones(shape)
@@ -117,7 +122,10 @@ def _initial_block(piece: Piece, model: ModelConfig, seed: int, shape: torch.Siz
         std /= math.sqrt(2.0 * model.num_layers)
     digest = hashlib.sha256(f"{seed}:{piece.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    full = torch.randn(piece.global_shape, generator=generator) * std
+    if is_fairseq:
+        full = initialization.draw(piece.name, piece.global_shape, model, generator)
+    else:
+        full = torch.randn(piece.global_shape, generator=generator) * std
     block = tuple(
         slice(start, start + length)
         for start, length in zip(piece.global_offset, shape, strict=True)

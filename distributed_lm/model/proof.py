@@ -165,8 +165,11 @@ def _live_log_weights(
         value = torch.zeros(num_keys, 1, groups, head_dim, dtype=key.dtype, device=device)
         for slot, distance in enumerate(probed):
             value[num_keys - 1 - distance, :, :, slot] = 1.0
+        was_training = attention.training
+        attention.eval()  # without dropout
         with torch.no_grad():
             context = attention(query, key, value).view(num_queries, heads, head_dim)
+        attention.train(was_training)
         columns.append(context[-1, :, : len(probed)].double().cpu())
     return torch.cat(columns, dim=1).log()
 

@@ -5,8 +5,9 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
 from distributed_lm.planner.parameters import total_parameters
 
-MASTER_BYTES, MOMENTS_BYTES = 4, 8
-"""Per parameter, fp32: master weight, and Adam's two moments."""
+MASTER_BYTES = 4
+MOMENTS_BYTES = {"adamw": 8, "nag": 4}
+"""Per parameter, fp32: master weight, and the optimizer's two moments or one."""
 
 
 def state_bytes_per_device(config: RunConfig, layout: Layout, vocab_size: int) -> int:
@@ -17,8 +18,9 @@ def state_bytes_per_device(config: RunConfig, layout: Layout, vocab_size: int) -
     """
     parameters = total_parameters(config.model, vocab_size) / (layout.tensor * layout.pipeline)
     is_fp32 = config.precision == "fp32"
+    moments = MOMENTS_BYTES[config.optimizer.kind]
     parts = {
-        1: MOMENTS_BYTES if is_fp32 else MASTER_BYTES + MOMENTS_BYTES,
+        1: moments if is_fp32 else MASTER_BYTES + moments,
         2: 4,  # gradients, accumulated in fp32
         3: 4 if is_fp32 else 2,  # weights
     }
@@ -44,4 +46,4 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Of one checkpoint: weights, masters, moments."""
     weights = 4 if config.precision == "fp32" else 2
     parameters = total_parameters(config.model, vocab_size)
-    return parameters * (weights + MASTER_BYTES + MOMENTS_BYTES)
+    return parameters * (weights + MASTER_BYTES + MOMENTS_BYTES[config.optimizer.kind])

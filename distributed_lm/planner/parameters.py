@@ -33,8 +33,23 @@ def position_parameters(model: ModelConfig) -> int:
     return 0
 
 
+def embedding_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Word embeddings and output projection; tied ones count once."""
+    hidden = model.hidden_size
+    if model.adaptive is None:
+        return vocab_size * hidden * (1 if model.tie_embeddings else 2)
+    widths = model.adaptive.band_widths(hidden)
+    words = sum(
+        size * width
+        for size, width in zip(model.adaptive.band_sizes(vocab_size), widths, strict=True)
+    )
+    classes = len(model.adaptive.cutoffs)
+    return words + hidden * sum(widths) + classes * hidden
+
+
 def total_parameters(model: ModelConfig, vocab_size: int) -> int:
     """The whole model; a tied embedding counts once."""
-    embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    embeddings += position_parameters(model)
-    return model.num_layers * layer_parameters(model) + norm_parameters(model) + embeddings
+    final_norm = norm_parameters(model) if model.final_norm else 0
+    layers = model.num_layers * layer_parameters(model)
+    embeddings = embedding_parameters(model, vocab_size)
+    return layers + final_norm + embeddings + position_parameters(model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_lm.config import RunConfig, load_config
+from distributed_lm.config import RunConfig, load_config, longest_input
 from distributed_lm.errors import ConfigError
 from distributed_lm.study.choice import Choice
 from distributed_lm.study.schema import Arm, Scoring, Study, as_overrides
@@ -141,7 +141,7 @@ def _run(study: Study, arm: Arm, name: str, fields: dict[str, Any]) -> StudyRun:
     }
     everything = {**study.fields, **arm.fields, **matched, **fields}
     config = load_config(base, as_overrides(everything))
-    limit = config.model.max_positions
+    limit = longest_input(config)
     if limit is not None:
         possible = [length for length in config.evaluation.lengths if length <= limit]
         config = load_config(base, as_overrides({**everything, "evaluation.lengths": possible}))

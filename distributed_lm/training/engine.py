@@ -30,7 +30,7 @@ from distributed_lm.training.gradients import (
     sum_position_gradients,
     sum_tied_embedding_gradients,
 )
-from distributed_lm.training.optimizer import AdamW, build_optimizer
+from distributed_lm.training.optimizer import Optimizer, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TrainingEngine:
         """Of this rank's own part of the last step."""
         self.shards: list[ParameterShard] = parameter_shards(stages, groups)
         sum_partial_gradients(self.shards, groups)
-        self.optimizer: AdamW = build_optimizer(self.shards, config.optimizer)
+        self.optimizer: Optimizer = build_optimizer(self.shards, config.optimizer)
         self.deepspeed = _initialize_quietly(
             model=Chunks(stages),
             optimizer=self.optimizer,

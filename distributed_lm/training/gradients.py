@@ -37,8 +37,7 @@ def sum_tied_embedding_gradients(stages: list[GPTStage], groups: ProcessGroups) 
     if groups.layout.pipeline == 1 or groups.embedding is None:
         return
     for stage in stages:
-        weight = stage.shared_embedding_or_output_weight()
-        if weight is not None and stage.share_embeddings_and_output_weights:
+        for weight in stage.tied_weights():
             dist.all_reduce(accumulated_gradient(weight), group=groups.embedding)
 
 

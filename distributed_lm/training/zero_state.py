@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps this rank's weights, fp32 masters and Adam moments, as checkpoint blocks.
+"""Where DeepSpeed keeps this rank's weights, fp32 masters and moments, as checkpoint blocks.
 
 ZeRO 1 and 2 (and the bf16 optimizer) flatten each parameter group and give every data-parallel rank
 one piece of it; each parameter knows which part of itself is in this rank's piece. ZeRO 3 gives
@@ -24,7 +24,6 @@ from distributed_lm.process_groups import ProcessGroups
 from distributed_lm.training.engine import TrainingEngine
 
 MASTER = "optimizer.master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def weight_blocks(engine: TrainingEngine) -> list[Block]:
@@ -39,17 +38,17 @@ def weight_blocks(engine: TrainingEngine) -> list[Block]:
 
 
 def optimizer_blocks(engine: TrainingEngine) -> list[Block]:
-    """fp32 master weights under ``optimizer.master.NAME`` and both Adam moments."""
+    """fp32 master weights under ``optimizer.master.NAME`` and the optimizer's moments."""
     return [block for shard in engine.shards for block in _shard_optimizer_blocks(engine, shard)]
 
 
 def ensure_moments(engine: TrainingEngine) -> None:
-    """Create Adam's state where no step has: what a load is to fill."""
+    """Create the optimizer's state where no step has: what a load is to fill."""
     for master in _masters(engine):
         state = engine.optimizer.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            for moment in MOMENTS:
+            for moment in engine.optimizer.moments:
                 state[moment] = torch.zeros_like(master)
 
 
@@ -63,7 +62,7 @@ def refresh_gathered_weights(engine: TrainingEngine) -> None:
 
 
 def updates_done(engine: TrainingEngine) -> int:
-    """Adam's step count: steps less the updates left out."""
+    """The optimizer's step count: steps less the updates left out."""
     return int(engine.optimizer.state[_masters(engine)[0]]["step"].item())
 
 
@@ -106,7 +105,10 @@ def _shard_optimizer_blocks(engine: TrainingEngine, shard: ParameterShard) -> It
     flat, flat_start, count, start = located
     copy = replica(shard, engine.groups)
     state = engine.optimizer.state[flat]
-    tensors = {MASTER: flat.data, **{f"optimizer.{name}": state[name] for name in MOMENTS}}
+    tensors = {
+        MASTER: flat.data,
+        **{f"optimizer.{name}": state[name] for name in engine.optimizer.moments},
+    }
     for kind, tensor in tensors.items():
         yield from flat_range(kind, shard, tensor.narrow(0, flat_start, count), start, copy)
 
@@ -114,7 +116,7 @@ def _shard_optimizer_blocks(engine: TrainingEngine, shard: ParameterShard) -> It
 def _zero0_blocks(engine: TrainingEngine, shard: ParameterShard) -> Iterator[Block]:
     state = engine.optimizer.state[shard.parameter]
     tensors = {MASTER: shard.parameter.data}
-    tensors |= {f"optimizer.{name}": state[name] for name in MOMENTS}
+    tensors |= {f"optimizer.{name}": state[name] for name in engine.optimizer.moments}
     for kind, tensor in tensors.items():
         yield from whole_parameter(kind, shard, tensor, engine.groups)
 

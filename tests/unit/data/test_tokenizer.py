@@ -81,7 +81,7 @@ def test_data_set_brings_its_tokenizer_and_refuses_another(bpe_file, tmp_path, s
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gpt3", r"--tokenizer gpt3: expected gpt2, bytes, bpe:VOCABSIZE or the path"),
+        ("gpt3", r"--tokenizer gpt3: expected gpt2, bytes, words, bpe:VOCABSIZE or the path"),
         ("bpe:", r"bpe:: the vocabulary size is '', expected a whole number of at least 257"),
         ("bpe:many", r"the vocabulary size is 'many'"),
         ("bpe:256", r"the vocabulary size is '256', expected a whole number of at least 257"),

@@ -34,6 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {"position": "learned"},
     "learned, longer": {"position": "learned", "max_positions": 500},
     "t5": {"position": "t5"},
+    "no final norm": {"final_norm": False},
+    "two adaptive bands": {"adaptive": {"cutoffs": [40]}},
+    "three adaptive bands": {"adaptive": {"cutoffs": [40, 100], "factor": 2}, "final_norm": False},
     "llama-like": {
         **GROUPED,
         "activation": "swiglu",
