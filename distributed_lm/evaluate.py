@@ -10,7 +10,7 @@ from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import model_blocks
 from distributed_lm.checkpoint.folders import read_state, saved_steps
-from distributed_lm.config import WHOLE_MODEL_LAYOUT, RunConfig, load_config
+from distributed_lm.config import RunConfig, load_run_config
 from distributed_lm.data.batches import evaluation_stream
 from distributed_lm.data.corpora import corpora_hash, open_corpora
 from distributed_lm.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ def evaluate(
     Raises:
         UserError: if there is nothing to evaluate, or not at that length or on that data.
     """
-    config = _config_of_run(run, overrides)
+    config = load_run_config(run, overrides)
     lengths = lengths or config.evaluation_lengths
     platform.check_precision(config.precision)
     identity = _data_identity(config)
@@ -61,18 +61,6 @@ def evaluate(
             write_result(config, step, result, identity)
         _print_table(config, step, results)
     supervised.leave("finished")
-
-
-def _config_of_run(run: Path, overrides: list[str]) -> RunConfig:
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(
-            f"{run}: not a run folder (it has no config.yaml); give the folder that train wrote, "
-            "as in runs/smoke"
-        )
-    config = load_config(run, [*WHOLE_MODEL_LAYOUT, *overrides])
-    # The folder may have been moved since the config was written into it.
-    place = run.resolve()
-    return config.model_copy(update={"output_dir": str(place.parent), "name": place.name})
 
 
 def _data_identity(config: RunConfig) -> dict[str, str]:
