@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distributed_lm.checkpoint.folders import checkpoint_path, read_state, saved_steps
 from distributed_lm.checkpoint.plain import PlainCheckpoint
-from distributed_lm.config import RunConfig, load_run_config
+from distributed_lm.config import RunConfig, load_run_config, longest_input
 from distributed_lm.data.corpora import open_corpora
 from distributed_lm.data.manifest import Manifest
 from distributed_lm.data.tokenizer import tokenizer_of
@@ -56,15 +56,13 @@ class Source:
     @property
     def num_positions(self) -> int:
         """Longest input of a class that has such a limit: at least twice the trained length."""
-        if self.config.model.max_positions is not None:
-            return self.config.model.max_positions
-        return max(2 * self.config.data.sequence_length, *self.config.evaluation_lengths)
+        return longest_input(self.config) or max(2 * self.config.data.sequence_length, *self.config.evaluation_lengths)
 
     @property
     def compared_lengths(self) -> tuple[int, ...]:
         """1 × and 2 × the trained length, or as far as the model's positions go."""
         length = self.config.data.sequence_length
-        longest = self.config.model.max_positions or 2 * length
+        longest = longest_input(self.config) or 2 * length
         return tuple(sorted({length, min(2 * length, longest)}))
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
-from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.attention_backends import choose_backend
 from distributed_lm.model.core_attention import CoreAttention
@@ -149,12 +148,8 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
         config.model.num_attention_heads, groups.coordinates.tensor, groups.layout.tensor
     )
     position = build_position(config.model, heads)
-    if config.parallel.pipeline > 1 and next(position.parameters(), None) is not None:
-        raise ConfigError(
-            f"model.position={config.model.position} has weights of its own, which "
-            f"parallel.pipeline={config.parallel.pipeline} stages would each train differently; "
-            "set parallel.pipeline=1"
-        )
+    if position.embeds_only and groups.coordinates.pipeline > 0:
+        position.drop_weights()
     dtype = platform.DTYPES[config.precision]
     backend = choose_backend(config.attention.backend, position, groups.device, dtype)
     transformer = transformer_config(config)

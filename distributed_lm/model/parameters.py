@@ -23,6 +23,7 @@ from distributed_lm.model.gpt import GPTStage
 from distributed_lm.process_groups import ProcessGroups
 
 EMBEDDING = "embedding.weight"
+POSITION = "position."
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class ParameterShard:
     is_sharded: bool
     """Split over the tensor-parallel ranks, not copied to each."""
     is_tied_copy: bool
-    """The last pipeline stage's copy of a tied embedding, which the first stage owns."""
+    """A pipeline stage's copy of weights that the first stage owns: the last one's of a tied
+    embedding, and every later one's of a position method's."""
+    is_partial: bool
+    """Backward gives each tensor-parallel rank only a part of the gradient: from a slice of the
+    tokens (sequence parallelism), or a slice of the heads."""
 
     @property
     def is_decayed(self) -> bool:
@@ -60,13 +65,22 @@ def parameter_shards(stages: list[GPTStage], groups: ProcessGroups) -> list[Para
     shards = []
     for stage in stages:
         for name, parameter, dimension in _named_parameters(stage):
-            tied_copy = (
+            is_positions = name.startswith(POSITION)
+            if is_positions and stage is not stages[0]:  # virtual stages share one method
+                continue
+            tied_output = (
                 name == "output_layer.weight"
                 and stage.share_embeddings_and_output_weights
                 and not stage.pre_process
             )
+            tied_copy = tied_output or (is_positions and groups.coordinates.pipeline > 0)
+            partial = getattr(parameter, "sequence_parallel", False)
+            if is_positions:
+                slices_tokens = stage.position.embeds_only and groups.layout.sequence
+                slices_heads = not stage.position.embeds_only and dimension is None
+                partial = size > 1 and (slices_tokens or slices_heads)
             shape = tuple(parameter.shape)
-            names = [EMBEDDING if tied_copy else name]
+            names = [EMBEDDING if tied_output else name]
             if "linear_fc1" in name and stage.config.gated_linear_unit:
                 names = [
                     name.replace("linear_fc1", f"linear_fc1.{half}") for half in ("gate", "up")
@@ -76,7 +90,7 @@ def parameter_shards(stages: list[GPTStage], groups: ProcessGroups) -> list[Para
             parameter.tensor_model_parallel = dimension is not None  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = tied_copy  # type: ignore[attr-defined]
             shards.append(
-                ParameterShard(parameter, shape, pieces, dimension is not None, tied_copy)
+                ParameterShard(parameter, shape, pieces, dimension is not None, tied_copy, partial)
             )
     return shards
 

@@ -6,12 +6,18 @@ for steep heads at long distance: the content score cancels most of the bias. Th
 compared with the softmax of an fp64 reference whose bias comes from the paper's formula by global
 head index. A wrong slope, sign, head offset, scale of the bias, or a distance rounded to bf16 moves
 some log weight by far more than the kernel's own rounding does.
+
+A method that turns queries and keys is probed with one key vector at all positions instead, so that
+a weight depends on nothing but the angle between query and key.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +40,12 @@ SHAPES = ((130, 130), (130, max(DISTANCES) + 130))
 # a few units in the last place of a weight, rounded once in the kernel and once in its output.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 8e-3}
 
+# Log weights below this are all alike: what a trained bias makes so small may underflow.
+FLOORS = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -9.0}
+
+# Positions whose embeddings are compared, of those that the method has.
+EMBEDDED = (0, 1, 257, 5000)
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -55,10 +67,13 @@ def prove_positions(stages: list[GPTStage], groups: ProcessGroups) -> Proof:
     Raises:
         ProofError: on every rank, naming the worst rank, layer, head and distance.
     """
-    findings = [_embedding_finding(stage) for stage in stages]
-    for stage in stages:
-        for attention in core_attentions([stage]):
-            findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
+    findings = []
+    with _whole_weights(stages[0].position):
+        for stage in stages:
+            if stage.pre_process:
+                findings.append(_embedding_finding(stage))
+            for attention in core_attentions([stage]):
+                findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
     gathered: list[tuple[float, str]] = groups.gather(max(findings))
     error, where, rank = max((*finding, rank) for rank, finding in enumerate(gathered))
     position = stages[0].position
@@ -87,7 +102,9 @@ def _attention_finding(
     live = _live_log_weights(stage, attention, query_NH, key_KH, num_queries, distances)
     expected = _expected_log_weights(attention.position, query_NH, key_KH)
     expected = expected[:, [num_keys - 1 - distance for distance in distances]]
-    errors = torch.nan_to_num((live - expected).abs(), nan=math.inf)
+    floor = FLOORS[_dtype(stage)]
+    differences = live.clamp(min=floor) - expected.clamp(min=floor)
+    errors = torch.nan_to_num(differences.abs(), nan=math.inf)
     head, index = divmod(int(errors.argmax()), len(distances))
     return float(errors.max()), (
         f"layer {attention.layer_number - 1}, head {attention.position.heads.first + head}, "
@@ -96,9 +113,15 @@ def _attention_finding(
 
 
 def _probe(stage: GPTStage, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Queries [N, H] and keys [K, H], exact in the training dtype, whose score q·k/√H is about
-    minus the bias, so that no weight underflows. Keys are the same for every head."""
+    """Queries [N, H] and keys [K, H], exact in the training dtype. Keys are the same for every
+    head. The score q·k/√H is about minus the bias, so that no weight underflows; or, before they
+    are turned, one number for all."""
     position, head_dim, dtype = stage.position, stage.config.kv_channels, _dtype(stage)
+    if position.has_rotation:
+        generator = torch.Generator().manual_seed(1)
+        shape = (position.heads.count + 1, head_dim)
+        signs = torch.randint(0, 2, shape, generator=generator) - 0.5
+        return signs[1:].to(dtype), (2 * signs[:1]).expand(num_keys, head_dim).to(dtype)
     farthest = torch.tensor([num_keys - 1.0], dtype=torch.float64)
     query = torch.zeros(position.heads.count, head_dim, dtype=torch.float64)
     for head in range(position.heads.count):
@@ -114,7 +137,10 @@ def _expected_log_weights(position: PositionMethod, query_NH: Tensor, key_KH: Te
     distance = torch.arange(key_KH.size(0) - 1, -1, -1, dtype=torch.float64)
     heads = range(position.heads.first, position.heads.first + position.heads.count)
     bias = torch.stack([position.expected_bias(head, distance) for head in heads])
-    scores = query_NH.double() @ key_KH.double().T / math.sqrt(query_NH.size(1))
+    last = torch.full((query_NH.size(0),), key_KH.size(0) - 1)
+    query_NH = position.expected_rotation(query_NH.double(), last)
+    key_KH = position.expected_rotation(key_KH.double(), torch.arange(key_KH.size(0)))
+    scores = query_NH @ key_KH.T / math.sqrt(query_NH.size(1))
     return torch.log_softmax(scores + bias, dim=1)
 
 
@@ -150,7 +176,8 @@ def _embedding_finding(stage: GPTStage) -> tuple[float, str]:
     """(largest error of what the method adds to a zero embedding, where)."""
     width, device = stage.config.hidden_size, next(stage.parameters()).device
     error = 0.0
-    for position in (0, 1, 257, 5000):
+    limit = stage.position.max_positions or math.inf
+    for position in (position for position in EMBEDDED if position < limit):
         zeros = torch.zeros(1, 1, width, dtype=_dtype(stage), device=device)
         live = stage.position.embed(zeros, position).double().cpu().flatten()
         expected = stage.position.expected_embedding(position, width)
@@ -158,11 +185,27 @@ def _embedding_finding(stage: GPTStage) -> tuple[float, str]:
     return error, "position embedding"
 
 
+@contextmanager
+def _whole_weights(position: PositionMethod) -> Iterator[None]:
+    """ZeRO 3 leaves each rank a part of a weight, and gathers it only for its module's forward."""
+    parts: list[Any] = [weight for weight in position.parameters() if hasattr(weight, "ds_tensor")]
+    for weight in parts:
+        weight.all_gather()
+    yield
+    for weight in parts:
+        weight.partition()
+
+
 def _fingerprint(position: PositionMethod) -> str:
     one = torch.ones(1, dtype=torch.float64)
-    biases = [float(position.expected_bias(head, one)) for head in range(position.heads.total)]
-    content = json.dumps([type(position).__name__, biases, position.embedding_scale])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    biases: list[float] = []  # those that are trained are the checkpoint's, not the method's
+    if position.embeds_only or next(position.parameters(), None) is None:
+        biases = [float(position.expected_bias(head, one)) for head in range(position.heads.total)]
+    content: list[Any] = [type(position).__name__, biases, position.embedding_scale]
+    if position.has_rotation:
+        turned = position.expected_rotation(torch.ones(1, 8, dtype=torch.float64), one)
+        content += turned.flatten().tolist()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _dtype(stage: GPTStage) -> torch.dtype:

@@ -7,7 +7,7 @@ always reported.
 from dataclasses import dataclass
 
 from distributed_lm.config import ModelConfig
-from distributed_lm.planner.parameters import total_parameters
+from distributed_lm.planner.parameters import position_parameters, total_parameters
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def training_flops_per_token(
 ) -> FlopsPerToken:
     """6 per parameter of a matrix product and token, plus 12·layers·hidden·length for the scores
     and the weighted sum (Chowdhery et al. 2022, PaLM, appendix B)."""
-    parameters = total_parameters(model, vocab_size)
+    parameters = total_parameters(model, vocab_size) - position_parameters(model)
     if not model.tie_embeddings:  # looking up a row is no matrix product
         parameters -= vocab_size * model.hidden_size
     attention = 12.0 * model.num_layers * model.hidden_size * sequence_length

@@ -1,6 +1,7 @@
 """Exact parameter counts."""
 
-from distributed_lm.config import ModelConfig
+from distributed_lm.config import T5_BUCKETS, ModelConfig
+from distributed_lm.errors import ConfigError
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -18,7 +19,23 @@ def norm_parameters(model: ModelConfig) -> int:
     return model.hidden_size * (2 if has_bias else 1)
 
 
+def position_parameters(model: ModelConfig) -> int:
+    """The position method's own table. A user's own method counts as having none.
+
+    Raises:
+        ConfigError: if ``learned`` was not given its number of rows.
+    """
+    if model.position == "t5":
+        return model.num_attention_heads * T5_BUCKETS
+    if model.position == "learned":
+        if model.max_positions is None:
+            raise ConfigError("model.max_positions: missing; model.position=learned has a row each")
+        return model.max_positions * model.hidden_size
+    return 0
+
+
 def total_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """The whole model; a tied embedding counts once. Position methods so far have no weights."""
+    """The whole model; a tied embedding counts once."""
     embeddings = vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    embeddings += position_parameters(model)
     return model.num_layers * layer_parameters(model) + norm_parameters(model) + embeddings
