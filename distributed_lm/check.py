@@ -7,7 +7,7 @@ from rich.console import Console
 from distributed_lm import platform, process_groups
 from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import model_blocks
-from distributed_lm.checkpoint.folders import read_state
+from distributed_lm.checkpoint.folders import has_initial_weights, read_state
 from distributed_lm.config import RunConfig
 from distributed_lm.data.manifest import verify_manifest
 from distributed_lm.data.tokenizer import tokenizer_of
@@ -51,7 +51,7 @@ def check(config: RunConfig) -> None:
 def _load_newest(run_dir: Path, stages: list[GPTStage], groups: ProcessGroups) -> str | None:
     """What there is to say about the newest checkpoint that is whole, having loaded its weights."""
     step, damaged = store.newest_verified(run_dir, groups)
-    if step == 0:
+    if step == 0 and not has_initial_weights(run_dir):
         return None
     blocks = model_blocks(parameter_shards(stages, groups), groups)
     store.load(run_dir, step, blocks, groups)

@@ -116,6 +116,36 @@ def evaluate(
 
 
 @app.command()
+def export_hf(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, or a step_… in it.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a checkpoint for transformers, and prove that it computes the same."""
+    _quiet_engines()
+    from distributed_lm.export.outgoing import export_hf as run
+
+    run(source, output, overrides or [])
+
+
+@app.command()
+def import_hf(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="As save_pretrained() wrote it: safetensors.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="RUN", help="Run folder; must not exist.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make a transformers model a run: to evaluate, and to go on training at any layout."""
+    _quiet_engines()
+    from distributed_lm.export.incoming import import_hf as run
+
+    run(folder, output, overrides or [])
+
+
+@app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report environment, devices and data of a run, and prove its attention against fp64."""
     run_config = load_config(config, overrides or [])

@@ -113,7 +113,7 @@ class ModelConfig(Section):
     activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "gelu"
     """``gelu`` is the exact (erf) one, ``gelu_tanh`` its approximation."""
     bias: bool = True
-    """Additive biases in the linear layers."""
+    """Additive biases in the linear layers and in LayerNorm; off = none anywhere."""
     tie_embeddings: bool = True
     """The output projection is the input embedding."""
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -408,6 +408,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
     check_config(config)
     return config
+
+
+def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run folder, with the model unsplit and the folder where it is now.
+
+    Raises:
+        ConfigError: if ``run`` is no run folder, or as ``load_config``.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run}: not a run folder (it has no config.yaml); give the folder that train wrote, "
+            "as in runs/smoke"
+        )
+    config = load_config(run, [*WHOLE_MODEL_LAYOUT, *overrides])
+    # The folder may have been moved since the config was written into it.
+    place = run.resolve()
+    return config.model_copy(update={"output_dir": str(place.parent), "name": place.name})
 
 
 def longest_input(config: RunConfig) -> int | None:

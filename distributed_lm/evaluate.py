@@ -15,7 +15,7 @@ from distributed_lm.checkpoint import store
 from distributed_lm.checkpoint.blocks import model_blocks
 from distributed_lm.checkpoint.folders import checkpoint_path, read_state, saved_steps
 from distributed_lm.checkpoint.manifest import MANIFEST
-from distributed_lm.config import WHOLE_MODEL_LAYOUT, RunConfig, load_config
+from distributed_lm.config import RunConfig, load_run_config
 from distributed_lm.data.corpora import open_corpora
 from distributed_lm.data.manifest import sha256_of
 from distributed_lm.errors import CheckpointError, ConfigError
@@ -66,7 +66,7 @@ def evaluate(
         UserError: if there is nothing to evaluate, or not at that length or on that data.
     """
     run, checkpoint = _run_and_step(path, checkpoint)
-    config = _config_of_run(run, overrides)
+    config = load_run_config(run, overrides)
     platform.check_precision(config.precision)
     data = ScoredData.of(config)
     request = _request(lengths or config.evaluation_lengths, protocol, stride, longer_than)
@@ -106,17 +106,6 @@ def _run_and_step(path: Path, checkpoint: int | None) -> tuple[Path, int | None]
             "of the two"
         )
     return path.parent.parent, int(number)
-
-
-def _config_of_run(run: Path, overrides: list[str]) -> RunConfig:
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(
-            f"{run}: not a run folder (it has no config.yaml); give the folder that train wrote, "
-            "as in runs/smoke"
-        )
-    config = load_config(run, [*WHOLE_MODEL_LAYOUT, *overrides])
-    # The folder may have been moved since the config was written into it.
-    return config.model_copy(update={"output_dir": str(run.parent), "name": run.name})
 
 
 def _request(

@@ -27,6 +27,8 @@ IDENTITY = (
     "seed", "model", "data.sequence_length", "data.block_length", "batch.global_batch_size",
     "optimizer.kind",
 )  # fmt: skip
+# A checkpoint of step 0 is an imported model: its weights and its tokenizer bind, nothing else.
+IMPORTED_IDENTITY = ("model",)
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,23 @@ def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[st
     saved = _newest_readable_state(config.run_dir, steps)
     if saved is None:  # loading will say which files are damaged
         return []
+    is_imported = steps[-1] == 0
+    identity = IMPORTED_IDENTITY if is_imported else IDENTITY
     other = "; choose another name, or go back to the saved value"
     for name, value in data_identity.items():
-        if saved["data"][name] != value:
+        if saved["data"][name] != value and not (is_imported and name == "corpus_hash"):
             raise ConfigError(
                 f"data.path: {name} {value[:12]}, but {config.run_dir} was trained with "
                 f"{saved['data'][name][:12]}{other}"
             )
     changes = differences(_with_defaults(saved["config"]), config.model_dump(mode="json"))
     for field, (old, new) in changes.items():
-        if any(field == fixed or field.startswith(fixed + ".") for fixed in IDENTITY):
+        if any(field == fixed or field.startswith(fixed + ".") for fixed in identity):
             raise ConfigError(
                 f"{field}={new}, but {config.run_dir} holds a run with {field}={old}{other}"
             )
+    if is_imported:  # all of its training is still to be chosen
+        return []
     return [f"{field}: {old} -> {new}" for field, (old, new) in changes.items()]
 
 

@@ -10,8 +10,15 @@ from rich.console import Console
 from torch import Tensor
 
 from distributed_lm import platform, process_groups
-from distributed_lm.checkpoint.folders import leftovers, prune, read_state, restore_replaced
-from distributed_lm.checkpoint.store import newest_verified
+from distributed_lm.checkpoint import store
+from distributed_lm.checkpoint.blocks import model_blocks
+from distributed_lm.checkpoint.folders import (
+    has_initial_weights,
+    leftovers,
+    prune,
+    read_state,
+    restore_replaced,
+)
 from distributed_lm.config import RunConfig
 from distributed_lm.data.batches import TrainingData, build_index_caches, check_shared_cache
 from distributed_lm.data.ledger import genesis
@@ -60,7 +67,7 @@ def train(config: RunConfig) -> None:
             notes += restore_replaced(config.run_dir)
         build_index_caches(config)
         with process_groups.joined(config, process, found.layout) as groups:
-            first_step, damaged = newest_verified(config.run_dir, groups)
+            first_step, damaged = store.newest_verified(config.run_dir, groups)
             if is_first:
                 notes += _tidy(config, first_step, damaged)
             if _is_finished(config, first_step):
@@ -117,7 +124,11 @@ def _train(
 def _build_engine(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> TrainingEngine:
     with explain_out_of_memory("building the model"):
         stages = build_stages(config, vocab_size, groups)
-        initialize_weights(parameter_shards(stages, groups), config.model, config.seed)
+        shards = parameter_shards(stages, groups)
+        if has_initial_weights(config.run_dir):
+            store.load(config.run_dir, 0, model_blocks(shards, groups), groups)
+        else:
+            initialize_weights(shards, config.model, config.seed)
         return TrainingEngine(config, stages, groups)
 
 

@@ -40,6 +40,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(folder.name[5:]) for folder in folders if folder.is_dir())
 
 
+def has_initial_weights(run_dir: Path) -> bool:
+    """Whether a run starts from an imported model, which is its checkpoint of step 0."""
+    return checkpoint_path(run_dir, 0).is_dir()
+
+
 def leftovers(run_dir: Path) -> list[Path]:
     """What a killed save or deletion has left."""
     return sorted((run_dir / "checkpoints").glob(".step_*.tmp"))

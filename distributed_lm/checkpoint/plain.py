@@ -34,6 +34,9 @@ class PlainCheckpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._tensors))
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].properties.dtype
+
     def read(self, name: str) -> Tensor:
         """One whole tensor, whatever layout has cut it, on the CPU."""
         entry = self._tensors[name]

@@ -207,6 +207,17 @@ def parse_spec(spec: str) -> tuple[str, int | Path | None]:
     )
 
 
+def gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's tokens, as bytes, and their ids; without the end of a document.
+
+    Raises:
+        DataError: as ``Gpt2Tokenizer``.
+    """
+    encoding = _gpt2_encoding()
+    ids = range(GPT2_VOCAB_SIZE - 1)
+    return {encoding.decode_single_token_bytes(token): token for token in ids}
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE on ``texts`` and save it as a ``tokenizer.json``.
 

@@ -64,11 +64,6 @@ class Plan:
     """Why the model cannot be scored at this length."""
 
 
-def longest_input(config: RunConfig) -> int | None:
-    """Tokens that the model takes at once; None = any number."""
-    return config.model.max_positions
-
-
 def make_plans(request: Request, config: RunConfig, data: ScoredData) -> list[Plan]:
     """One plan per length, or for ``context`` one per power of two up to the longest as well.
 

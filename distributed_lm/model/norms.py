@@ -7,12 +7,12 @@ from torch import nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm`` with Megatron's constructor."""
+    """``torch.nn.LayerNorm`` with Megatron's constructor; a model without biases has none here."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_megatron: Any
     ) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, bias=config.add_bias_linear)
         _tag(self, config)
 
 

@@ -15,7 +15,8 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def norm_parameters(model: ModelConfig) -> int:
-    return model.hidden_size * (2 if model.normalization == "layernorm" else 1)
+    has_bias = model.normalization == "layernorm" and model.bias
+    return model.hidden_size * (2 if has_bias else 1)
 
 
 def position_parameters(model: ModelConfig) -> int:

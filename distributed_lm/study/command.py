@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
-from distributed_lm.config import RunConfig, load_config
+from distributed_lm.config import RunConfig, load_run_config
 from distributed_lm.errors import ConfigError, TrainingError
 from distributed_lm.study import graph
 from distributed_lm.study.bill import make_bill, parameters
@@ -100,12 +100,7 @@ def report(run_dirs: Sequence[Path], output: Path) -> None:
 def _arms(run_dirs: Sequence[Path]) -> dict[str, dict[int, RunConfig]]:
     arms: dict[str, dict[int, RunConfig]] = {}
     for run_dir in run_dirs:
-        if not (run_dir / "config.yaml").is_file():
-            raise ConfigError(f"{run_dir}: not a run folder (it has no config.yaml)")
-        config = load_config(run_dir)
-        config = config.model_copy(
-            update={"output_dir": str(run_dir.resolve().parent), "name": run_dir.resolve().name}
-        )
+        config = load_run_config(run_dir)
         name = f"{config.model.position}-{config.data.sequence_length}"
         if config.seed in arms.get(name, {}):
             name = config.name

@@ -27,7 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swiglu": {"activation": "swiglu", "ffn_hidden_size": 96},
     "swiglu, no bias": {"activation": "swiglu", "bias": False},
     "rmsnorm": {"normalization": "rmsnorm"},
-    "rmsnorm, no bias": {"normalization": "rmsnorm", "bias": False},
+    # As many as with a LayerNorm without bias, but for the depth.
+    "rmsnorm, no bias": {"normalization": "rmsnorm", "bias": False, "num_layers": 3},
     "grouped queries": GROUPED,
     "grouped queries, no bias": {**GROUPED, "bias": False},
     "sinusoidal, odd depth": {"position": "sinusoidal", "num_layers": 3},

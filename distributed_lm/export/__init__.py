@@ -1,0 +1,1 @@
+"""Models to and from Hugging Face's format: one table of names, used both ways."""
