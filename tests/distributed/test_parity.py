@@ -47,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SHARED_WEIGHTS_ONLY = {"dp2-zero2-full-recompute", "dp2-zero3-selective-recompute"}
 # Recomputing is about the layout, not about what is recomputed.
 ALIBI_ONLY = {"tp2-sequence-full-recompute", "pp2-full-recompute", "tp2-pp2-selective-recompute"}
-SPLITS = {"tp2-sequence", "pp2"}
+SPLITS = {"tp2", "pp2"}
 # A method without weights is split as others are. Weights that all layers share, and weights of the
 # first stage, meet each way of splitting, of reducing gradients and of going backward.
 LAYOUTS_OF: dict[str, set[str]] = {
@@ -59,9 +59,7 @@ LAYOUTS_OF: dict[str, set[str]] = {
         *SPLITS, "pp2-interleaved", "pp4", "tp2-pp2", "dp2-zero0", "dp2-zero2", "dp2-zero3",
         "pp2-full-recompute", "dp2-zero2-full-recompute", "dp2-zero3-selective-recompute",
     },
-    "learned": {
-        *SPLITS, "pp2-interleaved", "tp2-pp2", "tp2-sequence-zero2", "tp2-sequence-zero3",
-    },
+    "learned": {"tp2-sequence", "pp2", "pp2-interleaved", "tp2-pp2", "tp2-sequence-zero3"},
 }  # fmt: skip
 
 

@@ -68,6 +68,29 @@ def test_counts_equal_the_built_models() -> None:
     assert len(set(built)) == len(built)  # every variant does change the count
 
 
+def count_in_norm(config: RunConfig) -> int:
+    """Elements whose gradients this rank adds to the norm, as DeepSpeed and ZeRO 0 decide it."""
+    process = Process.from_environment()
+    groups = process_groups.start(config, process, Layout.of(config, process.world_size))
+    shards = parameter_shards(build_stages(config, VOCAB, groups), groups)
+    assert len({id(shard.parameter) for shard in shards}) == len(shards)
+    counted = 0
+    for shard in shards:
+        assert shard.parameter.ds_pipe_replicated == shard.is_tied_copy
+        assert shard.parameter.tensor_model_parallel == shard.is_sharded
+        if not shard.is_tied_copy and (shard.is_sharded or groups.coordinates.tensor == 0):
+            counted += shard.parameter.numel()
+    return counted
+
+
+@pytest.mark.parametrize("position", ["t5", "learned"])
+def test_every_weight_is_counted_once_in_the_gradient_norm(position: str) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    config = tiny_config(model={"position": position}, parallel=parallel)
+    counted = run_distributed(count_in_norm, 4, config)
+    assert sum(counted) == total_parameters(config.model, VOCAB)
+
+
 def preset(name: str) -> tuple[ModelConfig, int]:
     model = ModelConfig.model_validate(yaml.safe_load((MODELS / name).read_text())["model"])
     assert model.vocab_size is not None
