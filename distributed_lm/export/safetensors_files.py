@@ -51,9 +51,7 @@ def _draft(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.partial"
 
 
-def _shards(
-    tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
