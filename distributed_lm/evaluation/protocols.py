@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from distributed_lm.config import EvaluationConfig, RunConfig
+from distributed_lm.config import EvaluationConfig, RunConfig, longest_input
 from distributed_lm.errors import ConfigError
 from distributed_lm.evaluation.scored_data import ScoredData
 from distributed_lm.evaluation.windows import (

@@ -1,10 +1,9 @@
-"""``distributed-lm import-hf``: a ``transformers`` folder as a run folder with a checkpoint of step 0.
+"""``distributed-lm import-hf``: a ``transformers`` folder as a run with a checkpoint of step 0.
 
 Tensor by tensor into memory that lies on the disk, then saved as any checkpoint is. In memory is at
 most one tensor of theirs and its counterpart; on disk, for a while, the model twice.
 """
 
-import json
 import os
 import shutil
 import tempfile

@@ -46,6 +46,7 @@ class DistributedLMConfig(PretrainedConfig):
         max_position_embeddings=2048,
         initializer_range=0.02,
         tie_word_embeddings=True,
+        use_cache=True,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -61,6 +62,7 @@ class DistributedLMConfig(PretrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 

@@ -19,8 +19,10 @@ from distributed_lm.export.comparison import ComparisonError
 from distributed_lm.export.incoming import import_hf
 from distributed_lm.export.outgoing import export_hf
 from distributed_lm.export.tokenizers import write_tokenizer
+from distributed_lm.model.positions import METHODS
 from tests.support.huggingface import (
     LENGTH,
+    own_class_against_ours,
     save_random_run,
     small_run,
     there_and_back,
@@ -76,6 +78,25 @@ def test_export_agrees_and_import_is_its_inverse(
     assert load_config(back).model.model_copy(update=groups) == config.model.model_copy(
         update=changes | groups
     )
+
+
+SHAPES: list[tuple[str, ...]] = [
+    (),
+    ("model.bias=false", "model.activation=swiglu", GROUPED),
+    ("model.normalization=rmsnorm", "model.tie_embeddings=false", "model.activation=gelu_tanh"),
+]
+
+
+def test_our_own_class_computes_every_position_method(demo_data: Path, tmp_path: Path) -> None:
+    configs = [
+        small_run("run", demo_data, tmp_path, f"model.position={position}",
+                  f"model.max_positions={2 * LENGTH}", *shape)
+        for position in METHODS
+        for shape in SHAPES
+    ]  # fmt: skip
+    [differences] = run_distributed(own_class_against_ours, 1, configs)
+    assert len(differences) == 3 * len(METHODS)
+    assert max(differences) < 2e-5, differences
 
 
 def export_with_swapped_heads(source: Path, output: Path) -> str:

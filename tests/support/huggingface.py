@@ -15,6 +15,7 @@ from distributed_lm.checkpoint.plain import PlainCheckpoint
 from distributed_lm.checkpoint.store import Save
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.data.manifest import read_manifest
+from distributed_lm.export.classes import config_json
 from distributed_lm.export.incoming import import_hf
 from distributed_lm.export.outgoing import export_hf
 from distributed_lm.layout import Layout
@@ -73,3 +74,34 @@ def weights_of(run: Path) -> dict[str, np.ndarray]:
     checkpoint = PlainCheckpoint(checkpoint_path(run, saved_steps(run)[-1]))
     names = [name for name in checkpoint if name.startswith("model.")]
     return {name: checkpoint.read(name).view(torch.uint8).numpy() for name in names}
+
+
+def own_class_against_ours(configs: list[RunConfig]) -> list[float]:
+    """Of each config, the largest difference between the logits of our stage and those of
+    ``modeling_distributed_lm.py`` with the same weights, over twice the trained length."""
+    from distributed_lm.export.modeling_distributed_lm import (
+        DistributedLMConfig,
+        DistributedLMForCausalLM,
+    )
+
+    process = Process.from_environment()
+    groups = process_groups.start(configs[0], process, Layout(1, 1, 1, 1, False))
+    tokens = torch.randint(257, (2, 2 * LENGTH), generator=torch.Generator().manual_seed(1))
+    differences = []
+    for config in configs:
+        [stage] = build_stages(config, 320, groups)
+        shards = parameter_shards([stage], groups)
+        initialize_weights(shards, config.model.model_copy(update={"init_std": 0.2}), config.seed)
+        weights = {
+            piece.name: shard.parameter.data[piece.first_row : piece.first_row + piece.rows]
+            for shard in shards
+            for piece in shard.pieces
+        }
+        values = config_json("distributed_lm", config.model, 320, 2 * LENGTH)
+        theirs = DistributedLMForCausalLM(DistributedLMConfig(**values)).eval()
+        theirs.load_state_dict(weights, strict=True)
+        with torch.no_grad():
+            ours_BSV = stage(tokens).transpose(0, 1)
+            differences.append((theirs(tokens).logits - ours_BSV).abs().max().item())
+            assert ours_BSV.abs().max() > 1.0
+    return differences

@@ -11,7 +11,8 @@ from distributed_lm import cli
 from distributed_lm.errors import ConfigError, TrainingError
 
 SMOKE = Path(__file__).parents[2] / "configs" / "runs" / "smoke.yaml"
-COMMANDS = ("prepare-data", "merge-data", "train", "evaluate", "check", "demo", "drill")
+COMMANDS = ("prepare-data", "merge-data", "train", "evaluate", "export-hf", "import-hf", "check",
+            "demo", "drill")  # fmt: skip
 HEAVY = ("torch", "megatron", "deepspeed", "transformers", "datasets", "wandb")
 
 
