@@ -43,6 +43,11 @@ SCHEDULE_FIELDS = {
 }
 OPTIMIZER_FIELDS = {"momentum": "nag", "beta1": "adamw", "beta2": "adamw", "epsilon": "adamw"}
 
+# The relative bias of T5 (Raffel et al. 2020, §2.1): buckets of distances, and the distance from
+# which on all share the last.
+T5_BUCKETS = 32
+T5_MAX_DISTANCE = 128
+
 # A run's name becomes a folder, a Slurm job name and a W&B run name: nothing a shell could read.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -100,9 +105,11 @@ class ModelConfig(Section):
     vocab_size: Count | None = None
     """Rows of the embedding; off = the data set's vocabulary, padded to a multiple of 64."""
     position: str = "alibi"
-    """``alibi``, ``sinusoidal``, or ``package.module:Class`` of your own position method."""
+    """``alibi``, ``sinusoidal``, ``rotary``, ``t5``, ``learned``, ``none``, or
+    ``package.module:Class`` of your own position method."""
     max_positions: Count | None = None
-    """Longest input the model accepts, in tokens; off = any length."""
+    """Longest input the model accepts, in tokens, and the rows of ``learned``'s table; off = any
+    length, or for ``learned`` the trained one."""
     activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "gelu"
     """``gelu`` is the exact (erf) one, ``gelu_tanh`` its approximation."""
     bias: bool = True
@@ -341,6 +348,14 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     supervision: SupervisionConfig = SupervisionConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _size_learned_table(self) -> "RunConfig":
+        """Now, so that the run's ``config.yaml`` tells a later evaluation at any length."""
+        if self.model.position == "learned" and self.model.max_positions is None:
+            rows = {"max_positions": self.data.sequence_length}
+            self.__dict__["model"] = self.model.model_copy(update=rows)
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
@@ -388,6 +403,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
     check_config(config)
     return config
+
+
+def longest_input(config: RunConfig) -> int | None:
+    """Longest sequence that the model takes, in tokens; None = any. Past it there is nothing to
+    score: the model has no embedding for such a position."""
+    return config.model.max_positions
 
 
 def check_config(config: RunConfig) -> None:
@@ -487,7 +508,7 @@ def _check_adaptive(model: ModelConfig, adaptive: AdaptiveConfig) -> None:
 
 def _check_lengths(config: RunConfig) -> None:
     length, block = config.data.sequence_length, config.data.block_size
-    limit = config.model.max_positions
+    limit = longest_input(config)
     if limit is not None and length > limit:
         raise ConfigError(
             f"data.sequence_length={length} is longer than model.max_positions={limit}; "

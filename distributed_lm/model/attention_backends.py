@@ -110,7 +110,7 @@ def flex(
         query_BNQH,
         key_BGKH,
         value_BGKH,
-        score_mod=position.score_mod(num_keys - num_queries, query_BNQH.device),
+        score_mod=position.score_mod(num_keys - num_queries, num_keys, query_BNQH.device),
         block_mask=_causal_block_mask(num_queries, num_keys, query_BNQH.device),
         enable_gqa=key_BGKH.size(1) != query_BNQH.size(1),
     )

@@ -25,6 +25,7 @@ from distributed_lm.model.gpt import GPTStage
 from distributed_lm.process_groups import ProcessGroups
 
 EMBEDDING = "embedding.weight"
+POSITION = "position."
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class ParameterShard:
     is_sharded: bool
     """Split over the tensor-parallel ranks, not copied to each."""
     is_tied_copy: bool
-    """The last pipeline stage's copy of a tied embedding, which the first stage owns."""
+    """A pipeline stage's copy of weights that the first stage owns: the last one's of a tied
+    embedding, and every later one's of a position method's."""
+    is_partial: bool
+    """Backward gives each tensor-parallel rank only a part of the gradient: from a slice of the
+    tokens (sequence parallelism), or a slice of the heads."""
 
     @property
     def is_decayed(self) -> bool:
@@ -62,13 +67,22 @@ def parameter_shards(stages: list[GPTStage], groups: ProcessGroups) -> list[Para
     shards = []
     for stage in stages:
         for name, parameter, dimension in _named_parameters(stage):
-            tied_copy = (
+            is_positions = name.startswith(POSITION)
+            if is_positions and stage is not stages[0]:  # virtual stages share one method
+                continue
+            tied_output = (
                 name == "output_layer.weight"
                 and stage.share_embeddings_and_output_weights
                 and not stage.pre_process
             )
+            tied_copy = tied_output or (is_positions and groups.coordinates.pipeline > 0)
+            partial = getattr(parameter, "sequence_parallel", False)
+            if is_positions:
+                slices_tokens = stage.position.embeds_only and groups.layout.sequence
+                slices_heads = not stage.position.embeds_only and dimension is None
+                partial = size > 1 and (slices_tokens or slices_heads)
             shape = tuple(parameter.shape)
-            names = [EMBEDDING if tied_copy else name]
+            names = [EMBEDDING if tied_output else name]
             if name.startswith(TIED_COPY):
                 tied_copy, names = True, ["embedding." + name.removeprefix(TIED_COPY)]
             if "linear_fc1" in name and stage.config.gated_linear_unit:
@@ -80,7 +94,7 @@ def parameter_shards(stages: list[GPTStage], groups: ProcessGroups) -> list[Para
             parameter.tensor_model_parallel = dimension is not None  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = tied_copy  # type: ignore[attr-defined]
             shards.append(
-                ParameterShard(parameter, shape, pieces, dimension is not None, tied_copy)
+                ParameterShard(parameter, shape, pieces, dimension is not None, tied_copy, partial)
             )
     return shards
 
@@ -139,7 +153,7 @@ def _split_dimension(module: nn.Module, parameter: nn.Parameter) -> int | None:
         return 0
     if isinstance(module, RowParallelLinear):
         return 1 if parameter.dim() == 2 else None
-    return getattr(parameter, "partition_dim", None)  # a position method's own table
+    return getattr(parameter, "partition_dim", None)  # a band of words, a position table
 
 
 def _pieces(

@@ -6,12 +6,20 @@ for steep heads at long distance: the content score cancels most of the bias. Th
 compared with the softmax of an fp64 reference whose bias comes from the paper's formula by global
 head index. A wrong slope, sign, head offset, scale of the bias, or a distance rounded to bf16 moves
 some log weight by far more than the kernel's own rounding does.
+
+A method that turns queries and keys is probed with one key vector at all positions instead, so that
+a weight depends on nothing but the angle between query and key. Weights that a method learns on the
+attention are others while it is proved: those of a first step are too small to tell right from
+wrong, and a trained bias may leave a weight too small to read.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +28,7 @@ from distributed_lm.errors import ProofError
 from distributed_lm.model.core_attention import CoreAttention, core_attentions
 from distributed_lm.model.gpt import GPTStage
 from distributed_lm.model.positions import PositionMethod
+from distributed_lm.model.positions.lending import LentPosition
 from distributed_lm.process_groups import ProcessGroups
 
 # Distances from the last query. Past 256 they lie halfway between two bf16 numbers, where a
@@ -33,6 +42,9 @@ SHAPES = ((130, 130), (130, max(DISTANCES) + 130))
 # Largest difference of a log weight, in nats. fp32: rounding of scores of size 3,000. 16 bits:
 # a few units in the last place of a weight, rounded once in the kernel and once in its output.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 8e-3}
+
+# Positions whose embeddings are compared, of those that the method has.
+EMBEDDED = (0, 1, 257, 5000)
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,13 @@ def prove_positions(stages: list[GPTStage], groups: ProcessGroups) -> Proof:
     Raises:
         ProofError: on every rank, naming the worst rank, layer, head and distance.
     """
-    findings = [_embedding_finding(stage) for stage in stages]
-    for stage in stages:
-        for attention in core_attentions([stage]):
-            findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
+    findings = []
+    with _whole_weights(stages[0].position), _drawn_weights(stages[0].lent_position):
+        for stage in stages:
+            if stage.pre_process:
+                findings.append(_embedding_finding(stage))
+            for attention in core_attentions([stage]):
+                findings += [_attention_finding(stage, attention, *shape) for shape in SHAPES]
     gathered: list[tuple[float, str]] = groups.gather(max(findings))
     error, where, rank = max((*finding, rank) for rank, finding in enumerate(gathered))
     position = stages[0].position
@@ -90,15 +105,22 @@ def _attention_finding(
     errors = torch.nan_to_num((live - expected).abs(), nan=math.inf)
     head, index = divmod(int(errors.argmax()), len(distances))
     return float(errors.max()), (
-        f"layer {attention.layer_number - 1}, head {attention.position.heads.first + head}, "
+        f"layer {attention.layer_number - 1}, head {stage.position.heads.first + head}, "
         f"distance {distances[index]} of {num_queries}×{num_keys}"
     )
 
 
 def _probe(stage: GPTStage, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Queries [N, H] and keys [K, H], exact in the training dtype, whose score q·k/√H is about
-    minus the bias, so that no weight underflows. Keys are the same for every head."""
-    position, head_dim, dtype = stage.position, stage.config.kv_channels, _dtype(stage)
+    """Queries [N, H] and keys [K, H], exact in the training dtype. Keys are the same for every
+    head. The score q·k/√H is about minus the bias, so that no weight underflows; or, before they
+    are turned, one number for all."""
+    position, dtype = stage.lent_position.copy, _dtype(stage)
+    head_dim = stage.config.kv_channels
+    if position.has_rotation:
+        generator = torch.Generator().manual_seed(1)
+        shape = (position.heads.count + 1, head_dim)
+        signs = torch.randint(0, 2, shape, generator=generator) - 0.5
+        return signs[1:].to(dtype), (2 * signs[:1]).expand(num_keys, head_dim).to(dtype)
     farthest = torch.tensor([num_keys - 1.0], dtype=torch.float64)
     query = torch.zeros(position.heads.count, head_dim, dtype=torch.float64)
     for head in range(position.heads.count):
@@ -114,7 +136,10 @@ def _expected_log_weights(position: PositionMethod, query_NH: Tensor, key_KH: Te
     distance = torch.arange(key_KH.size(0) - 1, -1, -1, dtype=torch.float64)
     heads = range(position.heads.first, position.heads.first + position.heads.count)
     bias = torch.stack([position.expected_bias(head, distance) for head in heads])
-    scores = query_NH.double() @ key_KH.double().T / math.sqrt(query_NH.size(1))
+    last = torch.full((query_NH.size(0),), key_KH.size(0) - 1)
+    query_NH = position.expected_rotation(query_NH.double(), last)
+    key_KH = position.expected_rotation(key_KH.double(), torch.arange(key_KH.size(0)))
+    scores = query_NH @ key_KH.T / math.sqrt(query_NH.size(1))
     return torch.log_softmax(scores + bias, dim=1)
 
 
@@ -153,7 +178,8 @@ def _embedding_finding(stage: GPTStage) -> tuple[float, str]:
     """(largest error of what the method adds to a zero embedding, where)."""
     width, device = stage.config.hidden_size, next(stage.parameters()).device
     error = 0.0
-    for position in (0, 1, 257, 5000):
+    limit = stage.position.max_positions or math.inf
+    for position in (position for position in EMBEDDED if position < limit):
         zeros = torch.zeros(1, 1, width, dtype=_dtype(stage), device=device)
         live = stage.position.embed(zeros, position).double().cpu().flatten()
         expected = stage.position.expected_embedding(position, width)
@@ -161,11 +187,40 @@ def _embedding_finding(stage: GPTStage) -> tuple[float, str]:
     return error, "position embedding"
 
 
+@contextmanager
+def _whole_weights(position: PositionMethod) -> Iterator[None]:
+    """ZeRO 3 leaves each rank a part of a weight, and gathers it only for its module's forward."""
+    parts: list[Any] = [weight for weight in position.parameters() if hasattr(weight, "ds_tensor")]
+    for weight in parts:
+        weight.all_gather()
+    yield
+    for weight in parts:
+        weight.partition()
+
+
+@contextmanager
+def _drawn_weights(lent: LentPosition) -> Iterator[None]:
+    """What the layers use, drawn from N(0, 1), and at the end again the owner's."""
+    if not lent.has_copy:
+        yield
+        return
+    generator = torch.Generator().manual_seed(lent.owner.heads.first)
+    for weight in lent.copy.parameters():
+        weight.data.copy_(torch.randn(weight.shape, generator=generator))
+    yield
+    lent.refresh()
+
+
 def _fingerprint(position: PositionMethod) -> str:
     one = torch.ones(1, dtype=torch.float64)
-    biases = [float(position.expected_bias(head, one)) for head in range(position.heads.total)]
-    content = json.dumps([type(position).__name__, biases, position.embedding_scale])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    biases: list[float] = []  # those that are trained are the checkpoint's, not the method's
+    if position.embeds_only or next(position.parameters(), None) is None:
+        biases = [float(position.expected_bias(head, one)) for head in range(position.heads.total)]
+    content: list[Any] = [type(position).__name__, biases, position.embedding_scale]
+    if position.has_rotation:
+        turned = position.expected_rotation(torch.ones(1, 8, dtype=torch.float64), one)
+        content += turned.flatten().tolist()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _dtype(stage: GPTStage) -> torch.dtype:

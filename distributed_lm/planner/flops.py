@@ -7,7 +7,7 @@ always reported.
 from dataclasses import dataclass
 
 from distributed_lm.config import ModelConfig
-from distributed_lm.planner.parameters import total_parameters
+from distributed_lm.planner.parameters import position_parameters, total_parameters
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def training_flops_per_token(
 
     Of an adaptive softmax, the rarer bands are left out: few tokens' targets are in them, and how
     many only the text knows."""
-    parameters = total_parameters(model, vocab_size)
+    parameters = total_parameters(model, vocab_size) - position_parameters(model)
     if model.adaptive is not None:
         rare = model.adaptive.band_sizes(vocab_size)[1:]
         widths = model.adaptive.band_widths(model.hidden_size)[1:]

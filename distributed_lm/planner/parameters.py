@@ -1,6 +1,7 @@
 """Exact parameter counts."""
 
-from distributed_lm.config import ModelConfig
+from distributed_lm.config import T5_BUCKETS, ModelConfig
+from distributed_lm.errors import ConfigError
 
 
 def layer_parameters(model: ModelConfig) -> int:
@@ -31,8 +32,24 @@ def embedding_parameters(model: ModelConfig, vocab_size: int) -> int:
     return words + hidden * sum(widths) + classes * hidden
 
 
+def position_parameters(model: ModelConfig) -> int:
+    """The position method's own table. A user's own method counts as having none.
+
+    Raises:
+        ConfigError: if ``learned`` was not given its number of rows.
+    """
+    if model.position == "t5":
+        return model.num_attention_heads * T5_BUCKETS
+    if model.position == "learned":
+        if model.max_positions is None:
+            raise ConfigError("model.max_positions: missing; model.position=learned has a row each")
+        return model.max_positions * model.hidden_size
+    return 0
+
+
 def total_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """The whole model. Position methods so far have no weights."""
+    """The whole model; a tied embedding counts once."""
     final_norm = norm_parameters(model) if model.final_norm else 0
     layers = model.num_layers * layer_parameters(model)
-    return layers + final_norm + embedding_parameters(model, vocab_size)
+    tables = embedding_parameters(model, vocab_size) + position_parameters(model)
+    return layers + final_norm + tables

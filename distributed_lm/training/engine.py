@@ -26,7 +26,8 @@ from distributed_lm.process_groups import ModelParallelUnit, ProcessGroups
 from distributed_lm.training.gradients import (
     average_gradients,
     global_gradient_norm,
-    sum_sequence_parallel_gradients,
+    sum_partial_gradients,
+    sum_position_gradients,
     sum_tied_embedding_gradients,
 )
 from distributed_lm.training.optimizer import Optimizer, build_optimizer
@@ -99,7 +100,7 @@ class TrainingEngine:
         self.stopwatch = platform.Stopwatch(groups.device)
         """Of this rank's own part of the last step."""
         self.shards: list[ParameterShard] = parameter_shards(stages, groups)
-        sum_sequence_parallel_gradients(stages, groups)
+        sum_partial_gradients(self.shards, groups)
         self.optimizer: Optimizer = build_optimizer(self.shards, config.optimizer)
         self.deepspeed = _initialize_quietly(
             model=Chunks(stages),
@@ -149,6 +150,7 @@ class TrainingEngine:
             raise NonFiniteError(f"loss={loss} on {self._ranks_with_non_finite(local_losses)}")
         self.optimizer.skip_update = loss > max_loss
         sum_tied_embedding_gradients(self.stages, self.groups)
+        sum_position_gradients(self.stages, self.groups)
         with explain_out_of_memory("the optimizer step"):
             grad_norm = self._step_plain() if self.config.zero.stage == 0 else self._step_zero()
         is_finite = math.isfinite(grad_norm)

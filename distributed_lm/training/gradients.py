@@ -1,8 +1,9 @@
 """Gradient sums that Megatron leaves to its own optimizer, done where DeepSpeed can see the result.
 
-Two kinds of parameter exist on several model-parallel ranks with only part of the gradient on each:
-those that saw a slice of the tokens (sequence parallelism), and a tied embedding, whose input half
-is on the first pipeline stage and output half on the last.
+Some parameters exist on several model-parallel ranks with only part of the gradient on each: those
+that saw a slice of the tokens or of the heads, on the tensor-parallel ranks; a tied embedding,
+whose input half is on the first pipeline stage and output half on the last; and what a position
+method learns on the attention, of which every stage has its layers' part.
 """
 
 import torch
@@ -14,24 +15,21 @@ from distributed_lm.model.parameters import ParameterShard
 from distributed_lm.process_groups import ProcessGroups
 
 
-def sum_sequence_parallel_gradients(stages: list[GPTStage], groups: ProcessGroups) -> None:
-    """From now on, sum tagged parameters' gradients over the tensor-parallel ranks in backward.
+def sum_partial_gradients(shards: list[ParameterShard], groups: ProcessGroups) -> None:
+    """From now on, sum partial gradients over the tensor-parallel ranks in backward.
 
     A hook per microbatch, since ZeRO 2 and 3 take a gradient away as soon as it is there. The sum
     is in fp32 whatever the training dtype.
     """
-    if not groups.layout.sequence:
-        return
 
     def sum_over_tensor_ranks(gradient: Tensor) -> Tensor:
         total = gradient.to(torch.float32, copy=True)
         dist.all_reduce(total, group=groups.tensor)
         return total.to(gradient.dtype)
 
-    for stage in stages:
-        for parameter in stage.parameters():
-            if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(sum_over_tensor_ranks)
+    for shard in shards:
+        if shard.is_partial:
+            shard.parameter.register_hook(sum_over_tensor_ranks)
 
 
 def sum_tied_embedding_gradients(stages: list[GPTStage], groups: ProcessGroups) -> None:
@@ -41,6 +39,16 @@ def sum_tied_embedding_gradients(stages: list[GPTStage], groups: ProcessGroups) 
     for stage in stages:
         for weight in stage.tied_weights():
             dist.all_reduce(accumulated_gradient(weight), group=groups.embedding)
+
+
+def sum_position_gradients(stages: list[GPTStage], groups: ProcessGroups) -> None:
+    """After all microbatches and before the optimizer: the sum over all pipeline stages. Virtual
+    stages of one rank share the weights, and so the gradient."""
+    position = stages[0].position
+    if groups.layout.pipeline == 1 or position.embeds_only:
+        return
+    for parameter in position.parameters():
+        dist.all_reduce(accumulated_gradient(parameter), group=groups.pipeline)
 
 
 def accumulated_gradient(parameter: Tensor) -> Tensor:

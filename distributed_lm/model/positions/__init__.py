@@ -1,8 +1,8 @@
 """Position methods, one small file each. ``build_position`` finds them by name.
 
 To add your own, write a subclass of ``PositionMethod`` (``base.py`` says what it may override) and
-either list it in ``METHODS`` or set ``model.position: your_package.your_module:YourClass``. Every
-parity test runs over ``METHODS``.
+either list it in ``METHODS`` or set ``model.position: your_package.your_module:YourClass``. The
+parity tests run over ``METHODS``.
 """
 
 import importlib
@@ -11,9 +11,19 @@ from distributed_lm.config import ModelConfig
 from distributed_lm.errors import ConfigError
 from distributed_lm.model.positions.alibi import Alibi
 from distributed_lm.model.positions.base import HeadSlice, PositionMethod
+from distributed_lm.model.positions.learned import Learned
+from distributed_lm.model.positions.rotary import Rotary
 from distributed_lm.model.positions.sinusoidal import Sinusoidal
+from distributed_lm.model.positions.t5 import T5
 
-METHODS: dict[str, type[PositionMethod]] = {"alibi": Alibi, "sinusoidal": Sinusoidal}
+METHODS: dict[str, type[PositionMethod]] = {
+    "alibi": Alibi,
+    "learned": Learned,
+    "none": PositionMethod,  # the causal mask alone (Haviv et al. 2022)
+    "rotary": Rotary,
+    "sinusoidal": Sinusoidal,
+    "t5": T5,
+}
 
 
 def build_position(model: ModelConfig, heads: HeadSlice) -> PositionMethod:

@@ -24,7 +24,7 @@ class Alibi(PositionMethod):
     def bias(self, queries: range, num_keys: int, device: torch.device) -> Tensor:
         return alibi_bias(self.slopes(device), queries, num_keys)
 
-    def score_mod(self, first_query: int, device: torch.device) -> ScoreMod:
+    def score_mod(self, first_query: int, num_keys: int, device: torch.device) -> ScoreMod:
         slopes = self.slopes(device)
 
         def add_bias(

@@ -35,9 +35,14 @@ class HeadSlice:
 class PositionMethod(nn.Module):
     """A method that does nothing: tokens are a bag with a causal mask. Override what differs.
 
-    One instance serves all layers of a stage. State that must stay fp32 belongs in plain Python
-    attributes, since the engines cast buffers and parameters to the training dtype. Weights of its
-    own work only without pipeline parallelism: nothing sums their gradients over the stages.
+    One instance serves all layers of this rank. State that must stay fp32 belongs in plain Python
+    attributes, since the engines cast buffers and parameters to the training dtype.
+
+    Weights of its own are parameters of one or two dimensions, used either in ``embed`` (then set
+    ``embeds_only``) or on the attention, which works with an fp32 copy (``lending.py``). One with a
+    row for each of this rank's heads says so by ``parameter.partition_dim = 0``; any other is the
+    same on every rank. So is each stage's copy: gradients are summed over pipeline stages and,
+    where they are partial, over tensor-parallel ranks. All start from N(0, ``init_std``²).
     """
 
     embedding_scale: float = 1.0
@@ -49,12 +54,31 @@ class PositionMethod(nn.Module):
     has_bias: bool = False
     """Whether ``bias`` returns something."""
 
+    has_rotation: bool = False
+    """Whether ``rotate`` does something."""
+
+    embeds_only: bool = False
+    """Only ``embed`` does something: weights stay on the first pipeline stage."""
+
+    max_positions: int | None = None
+    """Longest input that ``embed`` takes, in tokens; None = any."""
+
     def __init__(self, model: ModelConfig, heads: HeadSlice) -> None:
         super().__init__()
         self.heads = heads
 
+    def drop_weights(self) -> None:
+        """For a pipeline stage that does not embed."""
+        for module in self.modules():
+            for name, _ in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, None)
+
     def embed(self, hidden_SBD: Tensor, first_position: int) -> Tensor:
-        """Add to the (scaled) embeddings of tokens at positions first_position … + S − 1."""
+        """Add to the (scaled) embeddings of tokens at positions first_position … + S − 1.
+
+        Raises:
+            ConfigError: past ``max_positions``.
+        """
         return hidden_SBD
 
     def rotate(
@@ -67,7 +91,7 @@ class PositionMethod(nn.Module):
         """[N, Q, K] fp32, added to the scaled scores; None adds nothing."""
         return None
 
-    def score_mod(self, first_query: int, device: torch.device) -> ScoreMod | None:
+    def score_mod(self, first_query: int, num_keys: int, device: torch.device) -> ScoreMod | None:
         """The same bias for FlexAttention, ``(score, batch, head, query, key) -> score`` with
         indices local to this rank and any tensors on ``device``; None where ``bias`` is None or
         cannot be put this way."""
@@ -81,3 +105,8 @@ class PositionMethod(nn.Module):
     def expected_embedding(self, position: int, hidden_size: int) -> Tensor:
         """For the start-up proof: [D] fp64 that ``embed`` adds at ``position``, independently."""
         return torch.zeros(hidden_size, dtype=torch.float64)
+
+    def expected_rotation(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """For the start-up proof: ``vectors`` [P, H] fp64 turned as ``rotate`` turns queries and
+        keys at ``positions`` [P], independently."""
+        return vectors
