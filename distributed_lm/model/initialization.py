@@ -20,8 +20,9 @@ ADAPTIVE = ("embedding.bands.", "embedding.projections.", "output_layer.classes.
 
 
 def applies(name: str, model: ModelConfig) -> bool:
-    """Whether the tensor of that global name starts by these rules; norms never do."""
-    if "norm" in name:
+    """Whether the tensor of that global name starts by these rules; norms and a position method's
+    own table never do."""
+    if "norm" in name or name.startswith("position."):
         return False
     return model.initialization == "fairseq" or name.startswith(ADAPTIVE)
 

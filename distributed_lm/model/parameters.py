@@ -153,7 +153,7 @@ def _split_dimension(module: nn.Module, parameter: nn.Parameter) -> int | None:
         return 0
     if isinstance(module, RowParallelLinear):
         return 1 if parameter.dim() == 2 else None
-    return getattr(parameter, "partition_dim", None)  # a position method's own table
+    return getattr(parameter, "partition_dim", None)  # a band of words, a position table
 
 
 def _pieces(

@@ -14,7 +14,7 @@ from distributed_lm.layout import Layout
 from distributed_lm.model.gpt import GPTStage, build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.process_groups import Process, ProcessGroups
-from distributed_lm.training.gradients import sum_sequence_parallel_gradients
+from distributed_lm.training.gradients import sum_partial_gradients
 from distributed_lm.training.snapshot import begin_snapshot, load_snapshot
 from tests.support.ranks import run_distributed
 from tests.support.training import (
@@ -57,7 +57,7 @@ def inputs(labels: str) -> tuple[torch.Tensor, torch.Tensor]:
 def run_ends(config: RunConfig, labels_of: str) -> dict[str, Any]:
     """The embedding's and the softmax's outputs, and the softmax's gradients."""
     stage, groups = start(config)
-    sum_sequence_parallel_gradients([stage], groups)
+    sum_partial_gradients(parameter_shards([stage], groups), groups)
     whole, labels = inputs(labels_of)
     rank, size = groups.coordinates.tensor, groups.layout.tensor
     is_split = groups.layout.sequence
