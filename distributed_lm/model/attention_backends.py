@@ -75,7 +75,9 @@ def sdpa(
             tensor.float() for tensor in (query_BNQH, key_BGKH, value_BGKH)
         )
     heads = query_BNQH.size(1) if position.has_bias else 1
-    chunk = max(1, MAX_BIAS_ELEMENTS // (heads * num_keys))
+    # Without gradients the inputs are long and nothing is kept: a quarter does.
+    kept = MAX_BIAS_ELEMENTS if torch.is_grad_enabled() else MAX_BIAS_ELEMENTS // 4
+    chunk = max(1, kept // (heads * num_keys))
     first = num_keys - num_queries
     outputs = []
     for start in range(0, num_queries, chunk):

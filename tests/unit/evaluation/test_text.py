@@ -32,7 +32,7 @@ def test_words_are_wikitext_s(text: str, words: int) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "bytes", "bpe"])
 def test_bytes_add_up_token_by_token_also_inside_a_character(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    train_bpe([TEXT * 3], 300, path)
+    train_bpe(["no umlauts and no boxing gloves here"], 300, path)  # so characters are cut
     tokenizer = {
         "gpt2": Gpt2Tokenizer,
         "bytes": ByteTokenizer,
