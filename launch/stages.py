@@ -17,7 +17,7 @@ from launch.plan import digest, plan_command, plan_submission
 from launch.script import Wishes, render
 from launch.submit import SubmitError, check_not_queued, record_jobs, sbatch, write_files
 from launch.supervisor.job import Job, write_whole
-from launch.supervisor.journal import finished_at, read_journal
+from launch.supervisor.journal import is_finished, read_journal
 
 
 @dataclass(frozen=True)
@@ -214,15 +214,20 @@ def _before(task: Planned, stage: Stage, planned: dict[str, list[Planned]]) -> I
 
 def _is_done(task: Planned, before: Sequence[Job], done: set[Path]) -> bool:
     """Whether it is finished, and nothing that it is made from is newer."""
-    at = finished_at(read_journal(task.job.slurm_dir))
+    at = _finished_at(task.job)
     if at is None or not task.is_launched_alike:
         return False
     # A run is made from its config. The other runs and commands before it were to come first.
     sources = [job for job in before if not task.works_on_run or job.run_dir == task.job.run_dir]
-    return all(
-        job.slurm_dir in done and (finished_at(read_journal(job.slurm_dir)) or at) <= at
-        for job in sources
-    )
+    return all(job.slurm_dir in done and (_finished_at(job) or at) <= at for job in sources)
+
+
+def _finished_at(job: Job) -> float | None:
+    """In seconds since the epoch; None if it is not finished since it was last launched."""
+    events = read_journal(job.slurm_dir)
+    if not is_finished(events):
+        return None
+    return max(float(event["time"]) for event in events if event["event"] == "finished")
 
 
 def _informs_new(

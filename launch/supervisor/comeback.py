@@ -127,6 +127,8 @@ def resubmit(job: Job, *options: str) -> ComeBack:
         reason = "no answer" if submitted is None else submitted.stderr.strip()
         return ComeBack(False, f"cannot come back: sbatch said: {reason}", may_work_later=True)
     job_id = submitted.stdout.strip().split(";")[0]
+    index = [option[len("--array=") :] for option in job.sbatch if option.startswith("--array=")]
+    job_id = "_".join([job_id, *index])
     return ComeBack(True, " ".join([f"submitted job {job_id}", *options]), job=job_id)
 
 

@@ -62,15 +62,10 @@ def read_journal(slurm_dir: Path) -> list[dict[str, Any]]:
 
 def is_finished(events: list[dict[str, Any]]) -> bool:
     """Whether the run has been finished since it was last launched."""
-    return finished_at(events) is not None
-
-
-def finished_at(events: list[dict[str, Any]]) -> float | None:
-    """When it was, in seconds since the epoch; None if not since it was last launched."""
     for event in reversed(events):
         if event["event"] in ("finished", "launch"):
-            return float(event["time"]) if event["event"] == "finished" else None
-    return None
+            return bool(event["event"] == "finished")
+    return False
 
 
 def step_at_launch(events: list[dict[str, Any]]) -> int:
