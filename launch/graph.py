@@ -145,15 +145,19 @@ def _problems_of_task(task: Task) -> Iterator[str]:
 def _problem(error: pydantic.ValidationError) -> str:
     """The first one as 'field=found: expected', on one line."""
     problem: Any = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    field = ".".join(str(part) for part in problem["loc"])
     field = field if field.isprintable() else repr(field)
     if problem["type"] == "extra_forbidden":
         return f"{field}: no such field; launch/graph.py explains them all"
     if problem["type"] == "missing":
         return f"{field}: missing; add it"
+    if problem["type"] == "too_short":
+        return f"{field}: empty; it needs at least one"
     if problem["type"] == "string_pattern_mismatch":
         return (
             f"{field}={problem['input'][:60]!r}: expected a plain name of letters, digits, - and _"
         )
     found = str(problem["input"])[:60]
+    if not field:
+        return f"expected 'name:', 'folder:' and 'stages:', found {found!r}"
     return f"{field}={found!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

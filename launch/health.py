@@ -70,9 +70,8 @@ def _code_folder() -> Path:
 
 
 def _disk_problem(run_dir: Path, needed: int) -> str | None:
-    draft = (
-        run_dir / "slurm" / f".health.{socket.gethostname()}.{os.environ.get('SLURM_JOB_ID', '')}"
-    )
+    job = os.environ.get("SLURM_JOB_ID", "")
+    draft = run_dir / "slurm" / f".health.{socket.gethostname()}.{job}"
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w") as file:

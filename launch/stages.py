@@ -80,7 +80,7 @@ def submit_graph(
         ConfigError: before anything is written.
         SubmitError: with what sbatch said; then no stage stays in the queue.
     """
-    stages = _plan(graph, cluster, wishes)
+    stages = plan_stages(graph, cluster, wishes)
     todo = [task for stage in stages for task in stage.todo]
     check_not_queued([task.job for task in todo])
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -134,8 +134,12 @@ def _submit(
     return SubmittedStage(stage.stage.name, tuple(arrays), tuple(jobs), done)
 
 
-def _plan(graph: Graph, cluster: Cluster, wishes: Wishes) -> list[PlannedStage]:
-    """Lay out all tasks, and tell apart those that are done."""
+def plan_stages(graph: Graph, cluster: Cluster, wishes: Wishes) -> list[PlannedStage]:
+    """Lay out all tasks, and tell apart those that are done. Writes nothing.
+
+    Raises:
+        ConfigError: if a config is wrong, or two tasks would work in one folder.
+    """
     one_process = cluster.for_command()
     alone = dataclasses.replace(wishes, nodes=1, spare_nodes=0)
     planned: dict[str, list[Planned]] = {}
