@@ -311,6 +311,13 @@ class TestPredecessors:
         assert way.message.endswith(f"login node: sbatch --dependency=afterany:9:11_2 {script}")
 
 
+def test_example_in_the_docs(tmp_path: Path) -> None:
+    text = (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
+    path = tmp_path / "stages.yaml"
+    path.write_text(text.partition("```yaml")[2].partition("```")[0])
+    assert [stage.name for stage in load_graph(path).stages] == ["tune", "compare", "evaluate"]
+
+
 def test_two_who_submit_at_once_share_the_code(tmp_path: Path) -> None:
     folder = tmp_path / "code" / "abc"
     with ThreadPoolExecutor(8) as pool:
