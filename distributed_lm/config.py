@@ -599,14 +599,21 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
 def _first_problem(error: pydantic.ValidationError) -> str:
     """One pydantic problem as 'field: what was found, what was expected'."""
     problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple"))
+    field = _in_quotes(
+        ".".join(str(part) for part in problem["loc"] if part not in ("str", "tuple"))
+    )
     if problem["type"] == "extra_forbidden":
         return f"{field}: no such field; check the spelling (config.py lists them all)"
     if problem["type"] == "missing":
         return f"{field}: missing; add it to the file or as {field}=… on the command line"
-    found = str(problem["input"])[:60]
+    found = _in_quotes(str(problem["input"])[:60])
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{field}={found}: {message}"
+
+
+def _in_quotes(text: str) -> str:
+    """As it is, unless that would break the line or hide something in it."""
+    return text if text.isprintable() else repr(text)
 
 
 def _one_line(error: Exception) -> str:

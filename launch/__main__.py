@@ -9,15 +9,20 @@ from typing import Annotated
 import typer
 
 from distributed_lm.config import parse_lengths
-from distributed_lm.errors import UserError
-from launch.array import submit_runs
+from distributed_lm.errors import ConfigError, UserError
+from launch.array import array_graph
+from launch.cancel import cancel
 from launch.cluster import load_cluster
+from launch.graph import Graph, load_graph
 from launch.ladder import check
 from launch.local import describe, plan_local, run_plan
+from launch.plan import plan_submission
 from launch.script import Wishes
-from launch.status import cancel, logs, status
+from launch.stages import submit_graph
+from launch.status import logs, status
 from launch.submit import describe as describe_submission
-from launch.submit import plan_submission, submit, test_only
+from launch.submit import submit, test_only
+from launch.supervisor.predecessors import title
 from launch.sync import sync
 
 app = typer.Typer(
@@ -75,30 +80,40 @@ def local(
     raise typer.Exit(run_plan(plan))
 
 
+ClusterName = Annotated[
+    str, typer.Option("--cluster", metavar="NAME", help="File in configs/clusters, or its path.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes that train.")]
+Time = Annotated[str | None, typer.Option(metavar="D-HH:MM:SS", help="Limit of one job.")]
+SpareNodes = Annotated[
+    int, typer.Option(min=0, help="Further nodes, to take the place of sick ones.")
+]
+Chain = Annotated[
+    int, typer.Option(min=0, help="Further jobs that go on, where nodes cannot submit any.")
+]
+Alert = Annotated[
+    str | None, typer.Option(metavar="COMMAND", help="Run on a crash, hang or restart loop.")
+]
+Mail = Annotated[str | None, typer.Option(metavar="ADDRESS", help="The same, by mail.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="So many tasks of a stage at once. Default: all.")
+]
+
+
 @app.command()
 def slurm(
     config: Annotated[Path, typer.Argument(help="Config file.")],
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
-    ],
+    cluster: ClusterName,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Config fields to change."),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that train.")] = None,
-    time: Annotated[
-        str | None, typer.Option(metavar="D-HH:MM:SS", help="Limit of one job.")
-    ] = None,
-    spare_nodes: Annotated[
-        int, typer.Option(min=0, help="Further nodes, to take the place of sick ones.")
-    ] = 0,
-    chain: Annotated[
-        int, typer.Option(min=0, help="Further jobs that go on, where nodes cannot submit any.")
-    ] = 0,
-    alert: Annotated[
-        str | None, typer.Option(metavar="COMMAND", help="Run on a crash, hang or restart loop.")
-    ] = None,
-    mail: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The same, by mail.")] = None,
+    nodes: Nodes = None,
+    time: Time = None,
+    spare_nodes: SpareNodes = 0,
+    chain: Chain = 0,
+    alert: Alert = None,
+    mail: Mail = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the script, submit nothing.")
     ] = False,
@@ -127,28 +142,59 @@ def array(
         list[str],
         typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Config files; fields for all."),
     ],
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
-    ],
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="So many runs at once. Default: all.")
-    ] = None,
+    cluster: ClusterName,
+    limit: Limit = None,
     evaluate: Annotated[
         str, typer.Option(metavar="LENGTHS", help="Evaluate each afterwards, as in 1024,2048.")
     ] = "",
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of each run.")] = None,
-    time: Annotated[
-        str | None, typer.Option(metavar="D-HH:MM:SS", help="Limit of one job.")
-    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Compare the runs when all are finished.")
+    ] = False,
+    nodes: Nodes = None,
+    time: Time = None,
+    spare_nodes: SpareNodes = 0,
+    chain: Chain = 0,
+    alert: Alert = None,
+    mail: Mail = None,
 ) -> None:
-    """Submit several runs as one job array, and their evaluations after them."""
+    """Submit several runs as stages: train, evaluate, report."""
     paths = [Path(text) for text in configs if "=" not in text]
     overrides = [text for text in configs if "=" in text]
-    lengths = parse_lengths(evaluate, "--evaluate")
-    wishes = Wishes(nodes=nodes, time=time)
-    for run in submit_runs(paths, overrides, load_cluster(cluster), wishes, limit, lengths):
-        then = f", then its evaluations: job {run.evaluations}" if run.evaluations else ""
-        typer.echo(f"{run.run_dir}: job {run.job}{then}")
+    if not paths:
+        raise ConfigError(f"{' '.join(configs)}: expected config files before the fields")
+    graph = array_graph(paths, overrides, parse_lengths(evaluate, "--evaluate"), report)
+    wishes = Wishes(nodes, time, spare_nodes, chain, alert, mail)
+    _submit_stages(graph, cluster, wishes, limit)
+
+
+@app.command()
+def stages(
+    file: Annotated[Path, typer.Argument(help="YAML or JSON; launch/graph.py explains it.")],
+    cluster: ClusterName,
+    limit: Limit = None,
+    nodes: Nodes = None,
+    time: Time = None,
+    spare_nodes: SpareNodes = 0,
+    chain: Chain = 0,
+    alert: Alert = None,
+    mail: Mail = None,
+) -> None:
+    """Submit stages of runs and commands that wait for one another; what is done is left out."""
+    wishes = Wishes(nodes, time, spare_nodes, chain, alert, mail)
+    _submit_stages(load_graph(file), cluster, wishes, limit)
+
+
+def _submit_stages(graph: Graph, cluster: str, wishes: Wishes, limit: int | None) -> None:
+    submitted = submit_graph(graph, load_cluster(cluster), wishes, limit)
+    for stage in submitted:
+        for job in stage.done:
+            typer.echo(f"{stage.name}: {title(job.slurm_dir)}: finished already, left out")
+        for index, job in enumerate(stage.todo):
+            typer.echo(f"{stage.name}: {title(job.slurm_dir)}: job {stage.jobs[0]}_{index}")
+    if any(stage.jobs for stage in submitted):
+        typer.echo(
+            f"watch:  python -m launch status RUN\ncancel: python -m launch cancel {graph.path}"
+        )
 
 
 # They carry their own options and help.

@@ -1,112 +1,50 @@
-"""``python -m launch array``: several runs as one job array, and their evaluations after them."""
+"""``python -m launch array``: several runs as stages: train, then evaluate, then report."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from distributed_lm.errors import ConfigError
-from launch.cluster import Cluster
-from launch.script import Wishes, render
-from launch.submit import Submission, plan_submission, record_jobs, sbatch, write_files
-from launch.supervisor.job import write_whole
+from distributed_lm.config import load_config
+from launch.graph import Graph, Stage, Task
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """One run of an array, and the array of its evaluations."""
-
-    run_dir: Path
-    job: str
-    """``ARRAY_INDEX``, as Slurm's commands take it."""
-    evaluations: str | None
-    """Job id of the array of its evaluations, one task per length."""
-
-
-def submit_runs(
-    paths: Sequence[Path],
-    overrides: Sequence[str],
-    cluster: Cluster,
-    wishes: Wishes,
-    limit: int | None,
-    lengths: Sequence[int],
-) -> list[Submitted]:
-    """Submit the runs as one array, each task coming back by itself until its run is finished; and
-    for each run an array of evaluations that waits for it.
+def array_graph(
+    paths: Sequence[Path], overrides: Sequence[str], lengths: Sequence[int], reports: bool
+) -> Graph:
+    """The stages of some runs.
 
     Args:
-        limit: so many of the tasks of an array at once; None = all.
-        lengths: context lengths to evaluate each run at; none = no evaluation.
+        overrides: for all of them.
+        lengths: context lengths to evaluate each run at, each in a job of its own; none = none.
+        reports: whether to compare the runs at the end.
 
     Raises:
-        ConfigError: if a config is wrong, or two of them are the same run.
-        SubmitError: with what sbatch said.
+        ConfigError: if a config is wrong.
     """
-    runs = [plan_submission(path, overrides, cluster, wishes) for path in paths]
-    folders = [run.job.run_dir for run in runs]
-    twice = [folder for folder in folders if folders.count(folder) > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]}: two of the configs are this run; give each its own name")
-    array = _submit(f"array-{runs[0].config.name}", runs, cluster, wishes, limit, after=None)
-    submitted = []
-    for index, run in enumerate(runs):
-        job = f"{array}_{index}"
-        evaluations = None
-        if lengths:
-            parts = [_evaluation(run, length) for length in lengths]
-            name = f"evaluate-{run.config.name}"
-            evaluations = _submit(name, parts, cluster, wishes, limit, after=job)
-        submitted.append(Submitted(Path(run.job.run_dir), job, evaluations))
-    return submitted
-
-
-def _evaluation(run: Submission, length: int) -> Submission:
-    """The job that scores a run at one length, in a folder of its own below the run's."""
-    job = run.job
-    nodes = job.legal_nodes[0]
-    part = dataclasses.replace(
-        job,
-        part=f"evaluate_{length}",
-        arguments=["evaluate", job.run_dir, "--lengths", str(length)],
-        legal_nodes=list(range(nodes, 0, -1)),
-        minimum_disk_bytes=0,
-    )
-    return dataclasses.replace(run, job=part)
-
-
-def _submit(
-    name: str,
-    submissions: Sequence[Submission],
-    cluster: Cluster,
-    wishes: Wishes,
-    limit: int | None,
-    after: str | None,
-) -> str:
-    """Write all files and submit the array; returns its job id."""
-    first = submissions[0]
-    folder = Path(first.job.run_dir).parent / "arrays" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    script, jobs = folder / "run.sbatch", folder / "jobs.json"
-    # What is said on the command line goes before what the script says.
-    options = [f"--job-name={name}", f"--output={folder}/slurm-%j.log"]
-    paths = []
-    for index, submission in enumerate(submissions):
-        job = dataclasses.replace(
-            submission.job,
-            batch_log_dir=str(folder),
-            sbatch=[f"--array={index}", *options, str(script)],
+    configs = [load_config(path, overrides) for path in paths]
+    runs = [str(config.run_dir.resolve()) for config in configs]
+    name = f"array-{configs[0].name}"
+    folder = Path(runs[0]).parent / "arrays" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stages = [Stage(name="train", tasks=tuple(_task(path, overrides) for path in paths))]
+    if lengths:
+        tasks = [_evaluation(path, overrides, length) for path in paths for length in lengths]
+        stages.append(Stage(name="evaluate", after=("train",), tasks=tuple(tasks)))
+    if reports:
+        command = ("report", *runs, "--output", str(folder))
+        stages.append(
+            Stage(name="report", after=(stages[-1].name,), tasks=(Task(command=command),))
         )
-        write_files(dataclasses.replace(submission, job=job))
-        paths.append(str(job.slurm_dir / "job.json"))
-    write_whole(jobs, json.dumps(paths, indent=1))
-    write_whole(script, render(first.config, cluster, wishes, first.job, jobs))
-    at_once = f"%{limit}" if limit else ""
-    dependency = [f"--dependency=afterok:{after}"] if after else []
-    tasks = f"--array=0-{len(submissions) - 1}{at_once}"
-    array = sbatch([tasks, *dependency, *options, str(script)])
-    for index, submission in enumerate(submissions):
-        record_jobs(submission.job, [f"{array}_{index}"])
-    return array
+    return Graph(name=name, folder=str(folder), stages=tuple(stages))
+
+
+def _task(path: Path, overrides: Sequence[str]) -> Task:
+    return Task(config=str(path), overrides=tuple(overrides))
+
+
+def _evaluation(path: Path, overrides: Sequence[str], length: int) -> Task:
+    command = ("evaluate", "--lengths", str(length))
+    return _task(path, overrides).model_copy(
+        update={"command": command, "part": f"evaluate_{length}"}
+    )

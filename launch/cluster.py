@@ -107,6 +107,11 @@ class Cluster(Section):
     srun_options: tuple[Option, ...] = ()
     """Further options of ``srun``, as in ``--mpi=none``."""
 
+    def for_command(self) -> Cluster:
+        """As it is to a command in one process: no devices, and no node of its own."""
+        alone = {"device": "cpu", "devices_per_node": 1, "exclusive": False, "memory": None}
+        return self.model_copy(update=alone)
+
 
 def load_cluster(name: str) -> Cluster:
     """Read a cluster file.

@@ -70,14 +70,15 @@ def _code_folder() -> Path:
 
 
 def _disk_problem(run_dir: Path, needed: int) -> str | None:
-    draft = run_dir / "slurm" / f".health.{socket.gethostname()}"
+    job = os.environ.get("SLURM_JOB_ID", "")
+    draft = run_dir / "slurm" / f".health.{socket.gethostname()}.{job}"
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w") as file:
             file.write("x" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        moved = draft.with_suffix(".renamed")
+        moved = draft.with_name(f"{draft.name}.renamed")
         os.replace(draft, moved)
         moved.unlink()
         free = shutil.disk_usage(run_dir).free

@@ -24,11 +24,13 @@ from distributed_lm.config import WHOLE_MODEL_LAYOUT, RunConfig, load_config
 from distributed_lm.errors import ConfigError, UserError
 from distributed_lm.tracking.metrics_file import read_records
 from launch import verdicts
+from launch.cancel import cancel
 from launch.cluster import Cluster, load_cluster, seconds_of
 from launch.environment import environment_without_slurm
+from launch.plan import Submission, plan_submission
+from launch.queue import ACTIVE_STATES
 from launch.script import Wishes
-from launch.status import cancel
-from launch.submit import ACTIVE_STATES, Submission, plan_submission, submit
+from launch.submit import submit
 from launch.supervisor.journal import job_ids, newest_step, read_journal
 from launch.verdicts import Finding
 

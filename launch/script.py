@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -35,14 +36,15 @@ class Wishes:
 
 
 def render(
-    config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job, job_file: Path | None = None
+    name: str, cluster: Cluster, wishes: Wishes, job: Job, job_file: Path | None = None
 ) -> str:
     """The batch script, from the template.
 
     Args:
+        name: of the job, in the queue.
         job_file: what the supervisor is to read, if not the job's own file.
     """
-    directives = "\n".join(f"#SBATCH {option}" for option in _options(config, cluster, wishes, job))
+    directives = "\n".join(f"#SBATCH {option}" for option in _options(name, cluster, wishes, job))
     python = sys.executable if cluster.container is None else "python3"
     if cluster.venv is not None:
         python = f"{cluster.venv}/bin/python"
@@ -50,16 +52,16 @@ def render(
     supervisor = [python, "-m", "launch.supervisor", str(job_file)]
     return Script(TEMPLATE.read_text(encoding="utf-8")).substitute(
         directives=directives,
-        title=config.name,
+        title=name,
         environment="\n".join(_setup(cluster, job)),
         supervisor=shlex.join(supervisor),
     )
 
 
-def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> list[str]:
+def _options(name: str, cluster: Cluster, wishes: Wishes, job: Job) -> list[str]:
     nodes = job.nodes + job.spare_nodes
     options = {
-        "job-name": config.name,
+        "job-name": name,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -103,10 +105,10 @@ def _setup(cluster: Cluster, job: Job) -> list[str]:
     return [*lines, f"export PYTHONPATH={shlex.quote(job.code)}"]
 
 
-def srun_options(cluster: Cluster, config: RunConfig) -> list[str]:
+def srun_options(cluster: Cluster, folders: Sequence[str]) -> list[str]:
     # Slurm 22.05 and later do not hand sbatch's --cpus-per-task on: each rank would get one core.
     cpus = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
-    return [*cpus, *_container_options(cluster, config), *cluster.srun_options]
+    return [*cpus, *_container_options(cluster, folders), *cluster.srun_options]
 
 
 def task_python(cluster: Cluster) -> str:
@@ -115,7 +117,7 @@ def task_python(cluster: Cluster) -> str:
     return f"{cluster.venv}/bin/python" if cluster.venv else sys.executable
 
 
-def container_prefix(cluster: Cluster, config: RunConfig) -> list[str]:
+def container_prefix(cluster: Cluster, folders: Sequence[str]) -> list[str]:
     container = cluster.container
     if container is None or container.kind != "apptainer":
         return []
@@ -124,26 +126,30 @@ def container_prefix(cluster: Cluster, config: RunConfig) -> list[str]:
             f"container.image={container.image!r}: expected a path from / on, or an address as in "
             "docker://…: the ranks start in another folder than this one"
         )
-    mounts = _mounts(cluster, config) + list(container.mounts)
+    mounts = _mounts(cluster, folders) + list(container.mounts)
     nvidia = ["--nv"] if cluster.device == "gpu" else []
     binds = [part for mount in mounts for part in ("--bind", mount)]
     return ["apptainer", "exec", *nvidia, *binds, container.image]
 
 
-def _container_options(cluster: Cluster, config: RunConfig) -> list[str]:
+def _container_options(cluster: Cluster, folders: Sequence[str]) -> list[str]:
     container = cluster.container
     if container is None or container.kind != "pyxis":
         return []
-    mounts = _mounts(cluster, config) + list(container.mounts)
+    mounts = _mounts(cluster, folders) + list(container.mounts)
     pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
     return [f"--container-image={container.image}", f"--container-mounts={','.join(pairs)}"]
 
 
-def _mounts(cluster: Cluster, config: RunConfig) -> list[str]:
+def folders_of_run(config: RunConfig) -> list[str]:
     """Folders that a container must show for the run to work in it."""
-    data = config.data
-    paths = [str(config.run_dir), *(corpus.path for corpus in data.corpora), data.cache_path]
-    return [plain("data.path", path) for path in [*paths, cluster.scratch] if path is not None]
+    cache = [config.data.cache_path] if config.data.cache_path else []
+    return [str(config.run_dir), *(corpus.path for corpus in config.data.corpora), *cache]
+
+
+def _mounts(cluster: Cluster, folders: Sequence[str]) -> list[str]:
+    scratch = [cluster.scratch] if cluster.scratch else []
+    return [plain("data.path", path) for path in [*folders, *scratch]]
 
 
 def plain(field: str, path: Path | str) -> str:

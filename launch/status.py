@@ -1,4 +1,4 @@
-"""``python -m launch status | logs | cancel RUN``: from files, and from Slurm where it answers."""
+"""``python -m launch status | logs RUN``: from files, and from Slurm where it answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,6 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.tracking.metrics_file import read_records
 from launch.environment import environment_without_slurm
 from launch.goodput import goodput
-from launch.supervisor.job import write_whole
 from launch.supervisor.journal import CANCELLED, job_ids, newest_step, read_journal
 
 Record = dict[str, Any]
@@ -67,19 +66,6 @@ def logs(
         raise ConfigError(f"{path}: no such log; there are: {known}") from None
     except KeyboardInterrupt:
         return
-
-
-def cancel(run_dir: RunArgument) -> None:
-    """Cancel all jobs of a run; it does not come back."""
-    jobs = job_ids(read_journal(run_dir / "slurm"))
-    if not jobs:
-        raise ConfigError(f"{run_dir}: no job was submitted for this run; give its run folder")
-    # First: whatever of it still runs must not have itself queued again.
-    write_whole(run_dir / "slurm" / CANCELLED, "by python -m launch cancel\n")
-    asked = _ask("scancel", *jobs)
-    if asked is None:
-        raise ConfigError("scancel is not here; run this on a login node of the cluster")
-    typer.echo(f"cancelled job {', '.join(jobs)}; to go on later, launch the run again")
 
 
 def _state(run_dir: Path, journal: Sequence[Record]) -> str:
@@ -166,6 +152,3 @@ def _ask(*command: str) -> str | None:
     except subprocess.TimeoutExpired:
         return None
     return asked.stdout
-
-
-COMMANDS: tuple[Callable[..., None], ...] = (status, logs, cancel)

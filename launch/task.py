@@ -92,10 +92,17 @@ def answers(host: str, port: int) -> bool:
 def requeue() -> None:
     """Bring the job back whose first node, and with it the supervisor, has died: with
     ``--no-kill`` Slurm leaves such a job as it is."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    command = ["scontrol", "requeue", job_id()]
     print(f"the first node does not answer any more: {' '.join(command)}", flush=True)  # noqa: T201
     with contextlib.suppress(OSError):
         subprocess.run(command, check=False, timeout=60)
+
+
+def job_id() -> str:
+    """Of this job alone: of an array's last task ``SLURM_JOB_ID`` means the whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def supervisor_host() -> str:

@@ -13,16 +13,18 @@ from launch.hostlist import expand
 from launch.supervisor.comeback import Allocation
 from launch.supervisor.job import Job
 from launch.supervisor.supervisor import Supervisor
+from launch.task import job_id
 
 
 def main() -> None:
     job = _job(Path(sys.argv[1]))
-    job_id = os.environ["SLURM_JOB_ID"]
+    number = int(os.environ["SLURM_JOB_ID"])
     allocation = Allocation(
-        job_id=job_id,
+        job_id=job_id(),
+        number=number,
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         nodes=tuple(expand(os.environ["SLURM_JOB_NODELIST"])),
-        log_start=_size(job.batch_log(job_id)),
+        log_start=_size(job.batch_log(number)),
         times=_times(),
     )
     sys.exit(asyncio.run(_supervise(job, allocation)))

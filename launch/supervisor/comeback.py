@@ -20,6 +20,10 @@ class Allocation:
     """This job, as Slurm's environment says."""
 
     job_id: str
+    """As Slurm's commands take it; in an array ``ARRAY_INDEX``. The plain number of its last task
+    means the whole array, all of which ``scontrol requeue`` would start again."""
+    number: int
+    """As in the name of its log."""
     restart: int
     nodes: tuple[str, ...]
     log_start: int = 0
@@ -43,7 +47,7 @@ def slurms_reason(job: Job, allocation: Allocation) -> str | None:
     the job's own log: ``*** JOB 13 ON node1 CANCELLED AT 2026-11-22T16:52:00 DUE TO PREEMPTION``.
     """
     try:
-        content = job.batch_log(allocation.job_id).read_bytes()[allocation.log_start :]
+        content = job.batch_log(allocation.number).read_bytes()[allocation.log_start :]
     except OSError:
         return None
     said = ENDING.findall(content.decode(errors="replace"))
@@ -123,6 +127,8 @@ def resubmit(job: Job, *options: str) -> ComeBack:
         reason = "no answer" if submitted is None else submitted.stderr.strip()
         return ComeBack(False, f"cannot come back: sbatch said: {reason}", may_work_later=True)
     job_id = submitted.stdout.strip().split(";")[0]
+    index = [option[len("--array=") :] for option in job.sbatch if option.startswith("--array=")]
+    job_id = "_".join([job_id, *index])
     return ComeBack(True, " ".join([f"submitted job {job_id}", *options]), job=job_id)
 
 

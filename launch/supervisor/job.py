@@ -54,6 +54,12 @@ class Job:
     mail: str | None = None
     part: str = ""
     """Of the run, if the job is not its training: ``evaluate_2048``."""
+    tells_end: bool = True
+    """Whether rank 0 itself tells when there is nothing left to do; else exit code 0 says so."""
+    after: tuple[str, ...] = ()
+    """Folders of journals whose work must be finished before this can begin."""
+    config_digest: str = ""
+    """Of the config as submitted: a stage before this one may have changed the file since."""
     batch_log_dir: str = ""
     """Where Slurm puts the batch script's output, ``slurm-JOB.log``; off = with the ranks' logs."""
 
@@ -65,9 +71,9 @@ class Job:
     def log_dir(self) -> Path:
         return Path(self.run_dir) / "logs" / self.part
 
-    def batch_log(self, job_id: str) -> Path:
+    def batch_log(self, number: int) -> Path:
         """What the batch script and Slurm itself say."""
-        return Path(self.batch_log_dir or self.log_dir) / f"slurm-{job_id}.log"
+        return Path(self.batch_log_dir or self.log_dir) / f"slurm-{number}.log"
 
     def write(self) -> Path:
         path = self.slurm_dir / "job.json"
@@ -76,7 +82,8 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "after": tuple(values["after"])})
 
 
 def write_whole(path: Path, text: str) -> None:

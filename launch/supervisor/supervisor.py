@@ -10,7 +10,9 @@ import shutil
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launch.failure import report
@@ -33,6 +35,7 @@ from launch.supervisor.journal import (
     newest_step,
     step_at_launch,
 )
+from launch.supervisor.predecessors import Unfinished, come_back_after, find_unfinished
 from launch.supervisor.step import Step, srun_command, task_environment
 
 # EX_TEMPFAIL of sysexits.h: stopped in time, saved, and to be continued.
@@ -104,6 +107,9 @@ class Supervisor:
             return 0
         self.port = await self.coordinator.start()
         self._listen()
+        unfinished = await asyncio.to_thread(find_unfinished, self.job.after)
+        if unfinished is not None:
+            return await self._leave_to(unfinished)
         nodes, sick = await self._healthy_nodes()
         if self.stop_asked.is_set():  # and the examination may be a victim of its reason
             return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
@@ -202,8 +208,9 @@ class Supervisor:
 
     def _judge(self, step: Step, code: int, hang: str | None, seconds: float) -> Outcome:
         said = self.coordinator
-        if said.is_finished and code == 0:
-            return Outcome("finished", 0, f"step {self.job.steps} after {seconds:.0f} s")
+        if code == 0 and (said.is_finished or not self.job.tells_end):
+            what = "" if self.job.part else f"step {self.job.steps} "
+            return Outcome("finished", 0, f"{what}after {seconds:.0f} s")
         if hang is not None:
             return Outcome("hang", 1, hang)
         if said.is_stopped:
@@ -234,14 +241,21 @@ class Supervisor:
             return await self._leave(
                 ComeBack(True, "Slurm requeues the job by itself"), code, cause
             )
-        way = await self._find_a_way(excluded)
+        way = await self._find_a_way(partial(come_back, job, allocation, excluded))
         return await self._leave(way, code, cause or reason)
 
-    async def _find_a_way(self, excluded: list[str]) -> ComeBack:
+    async def _leave_to(self, others: Unfinished) -> int:
+        """Before this job's work can begin: it comes back after ``others``, if they go on."""
+        if not others.jobs:
+            return await self._leave(ComeBack(False, others.message), 1)
+        way = await self._find_a_way(partial(come_back_after, self.job, others.jobs))
+        return await self._leave(way, EXIT_STOPPED if way.works else 1, others.message)
+
+    async def _find_a_way(self, ask: Callable[[], ComeBack]) -> ComeBack:
         """The controller may be away for a while, and this is the run's only chance."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
-            way = await asyncio.to_thread(come_back, self.job, self.allocation, excluded)
+            way = await asyncio.to_thread(ask)
             if way.works or not way.may_work_later or time.monotonic() > until:
                 return way
             await asyncio.sleep(RETRY_SECONDS)
@@ -249,7 +263,7 @@ class Supervisor:
     async def _leave(self, way: ComeBack, code: int, reason: str = "") -> int:
         message = f"{reason}; {way.message}" if reason else way.message
         jobs = {} if way.job is None else {"jobs": [way.job]}
-        self.journal.write("leave", message, code=code, **jobs)
+        self.journal.write("leave", message, code=code, goes_on=way.works, **jobs)
         if not way.works and not (self.job.slurm_dir / CANCELLED).exists():
             await asyncio.to_thread(alerts.send, self.job, "lost", message)
         if way.is_requeued:  # to end this script before Slurm does could complete the job
@@ -379,7 +393,7 @@ class Supervisor:
 
     def _master_port(self) -> int:
         """Of the ranks' rendezvous: no survivor of an earlier life or attempt listens there."""
-        seed = int(self.allocation.job_id) * 31 + self.allocation.restart * 7 + self.attempts
+        seed = self.allocation.number * 31 + self.allocation.restart * 7 + self.attempts
         return FIRST_PORT + seed % PORTS
 
     def _run_dir(self) -> Path:
