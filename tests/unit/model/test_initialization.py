@@ -76,8 +76,10 @@ def test_weights_start_as_fairseqs(position: str) -> None:
         few = 4.0 / math.sqrt(found.size)  # four standard errors and more of these figures
         assert found.std() == pytest.approx(like.std(), rel=few, abs=1e-9), name
         assert abs(found.mean() - like.mean()) <= few * like.std() + 1e-9, name
-        # Uniform or normal: how far the farthest lies.
-        assert np.abs(found).max() == pytest.approx(np.abs(like).max(), rel=0.25), name
+        if "bands" in name:  # normal: a uniform one ends at √3 standard deviations
+            assert np.abs(found).max() > 2.5 * like.std(), name
+        else:
+            assert np.abs(found).max() == pytest.approx(np.abs(like).max(), rel=0.1), name
     if position == "t5":  # fairseq has none
         [table] = [values for name, values in weights.items() if name.startswith("position.")]
         assert table.std() == pytest.approx(0.02, rel=0.2)
