@@ -8,6 +8,7 @@ import pytest
 
 from distributed_lm.data.manifest import read_manifest
 from distributed_lm.data.tokenizer import JsonTokenizer, tokenizer_of
+from distributed_lm.data.wikitext import articles
 from distributed_lm.data.words import SPECIAL, sorted_words, train_words
 from distributed_lm.errors import DataError
 from distributed_lm.prepare_data import prepare_data
@@ -77,6 +78,19 @@ def test_wikitext_is_fairseqs_stream(tmp_path: Path, speeches: list[Path]) -> No
     again = tmp_path / "again"
     prepare_data(again, tokenizer="words", workers=1, **options)
     assert read_manifest(again).corpus_hash == manifest.corpus_hash
+
+
+def test_an_article_begins_with_a_title_after_an_empty_line() -> None:
+    first = ["", " = First = \n", "", " a \n", " = not a title = \n", "", " = = Part = = \n", ""]
+    second = [" = Second = \n", " = x = y = \n", "", " b \n"]
+    rows = [(row, f"row {number}") for number, row in enumerate([*first, *second])]
+    joined = ["".join(row.rstrip("\n") + "\n" for row in part) for part in (first, second)]
+    assert list(articles(rows)) == [(joined[0], "row 0"), (joined[1], "row 8")]
+    # What is not text is for the reader to count and skip.
+    assert list(articles([(None, "row 0"), (" a \n", "row 1")])) == [
+        (None, "row 0"),
+        (" a \n", "row 1"),
+    ]
 
 
 def test_wikitext_that_was_saved_to_disk(tmp_path: Path, speeches: list[Path]) -> None:
