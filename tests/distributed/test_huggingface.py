@@ -152,7 +152,7 @@ def save_mpt(folder: Path, data: Path) -> None:
 
 
 def transformers_loss(folder: Path, data: Path, length: int, tokens: int) -> float:
-    """Nats per token over the first ``tokens`` of the validation split, in windows of ``length``."""
+    """Nats per token over the first ``tokens`` of the split valid, in windows of ``length``."""
     from transformers import AutoModelForCausalLM
 
     manifest = read_manifest(data)

@@ -90,7 +90,9 @@ class PositionMethod(nn.Module):
         """[N, Q, K] fp32, added to the scaled scores; None adds nothing."""
         return None
 
-    def score_mod(self, first_query: int, num_keys: int, device: torch.device) -> ScoreMod | None:
+    def score_mod(
+        self, first_query: int, num_keys: int, device: torch.device
+    ) -> ScoreMod | None:
         """The same bias as of ``num_keys`` keys for FlexAttention, ``(score, batch, head, query, key) -> score`` with
         indices local to this rank and any tensors on ``device``; None where ``bias`` is None or
         cannot be put this way."""
