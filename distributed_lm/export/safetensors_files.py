@@ -83,14 +83,14 @@ class SafetensorsFolder:
         return name in self._file_of
 
     def read(self, name: str) -> Tensor:
-        """One tensor, copied, so that its shard can be closed.
+        """One tensor.
 
         Raises:
             CheckpointError: if it is not where the index says.
         """
         file = self._file_of[name]
         try:
-            return self._shard(file).get_tensor(name).clone()
+            return self._shard(file).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: {error}; copy it again") from None
 
