@@ -34,6 +34,7 @@ from distributed_lm.model.attention_backends import choose_backend
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
+from distributed_lm.model.positions.lending import LentPosition
 from distributed_lm.process_groups import ProcessGroups
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,7 +54,7 @@ class GPTStage(MegatronModule):
         model: ModelConfig,
         vocab_size: int,
         block: TransformerBlockSubmodules,
-        position: PositionMethod,
+        position: LentPosition,
         groups: ProcessGroups,
         vp_stage: int | None,
         pre_process: bool,
@@ -65,7 +66,8 @@ class GPTStage(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = model.tie_embeddings
-        self.position = position
+        self.position = position.owner
+        self.lent_position = position  # no submodule: its weights are the owner's
         self.tensor_rank = groups.coordinates.tensor
         if pre_process:
             self.embedding = tensor_parallel.VocabParallelEmbedding(
@@ -109,7 +111,10 @@ class GPTStage(MegatronModule):
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
         with labels), or this rank's logits [S, B, V] (last stage without)."""
-        hidden = self._embed(tokens_BS) if self.pre_process else None
+        hidden = self._embed(tokens_BS) if self.pre_process else self.decoder.input_tensor
+        hidden = self.lent_position.lend(hidden)
+        if not self.pre_process:  # then the decoder takes it from there only
+            self.decoder.set_input_tensor(hidden)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None)
         if not self.post_process:
             return hidden
@@ -150,10 +155,11 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
     position = build_position(config.model, heads)
     if position.embeds_only and groups.coordinates.pipeline > 0:
         position.drop_weights()
+    lent = LentPosition(position, groups.device)
     dtype = platform.DTYPES[config.precision]
     backend = choose_backend(config.attention.backend, position, groups.device, dtype)
     transformer = transformer_config(config)
-    layer = _layer_spec(config, position, backend)
+    layer = _layer_spec(config, lent.copy, backend)
     norm = NORMS[config.model.normalization]
     chunks = groups.layout.virtual_pipeline
     stages = []
@@ -167,7 +173,7 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
                 config.model,
                 vocab_size,
                 TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm),
-                position,
+                lent,
                 groups,
                 vp_stage,
                 pre_process=groups.coordinates.pipeline == 0 and chunk == 0,

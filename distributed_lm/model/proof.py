@@ -8,7 +8,9 @@ head index. A wrong slope, sign, head offset, scale of the bias, or a distance r
 some log weight by far more than the kernel's own rounding does.
 
 A method that turns queries and keys is probed with one key vector at all positions instead, so that
-a weight depends on nothing but the angle between query and key.
+a weight depends on nothing but the angle between query and key. Weights that a method learns on the
+attention are others while it is proved: those of a first step are too small to tell right from
+wrong, and a trained bias may leave a weight too small to read.
 """
 
 import hashlib
@@ -26,6 +28,7 @@ from distributed_lm.errors import ProofError
 from distributed_lm.model.core_attention import CoreAttention, core_attentions
 from distributed_lm.model.gpt import GPTStage
 from distributed_lm.model.positions import PositionMethod
+from distributed_lm.model.positions.lending import LentPosition
 from distributed_lm.process_groups import ProcessGroups
 
 # Distances from the last query. Past 256 they lie halfway between two bf16 numbers, where a
@@ -39,9 +42,6 @@ SHAPES = ((130, 130), (130, max(DISTANCES) + 130))
 # Largest difference of a log weight, in nats. fp32: rounding of scores of size 3,000. 16 bits:
 # a few units in the last place of a weight, rounded once in the kernel and once in its output.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 8e-3}
-
-# Log weights below this are all alike: what a trained bias makes so small may underflow.
-FLOORS = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -9.0}
 
 # Positions whose embeddings are compared, of those that the method has.
 EMBEDDED = (0, 1, 257, 5000)
@@ -68,7 +68,7 @@ def prove_positions(stages: list[GPTStage], groups: ProcessGroups) -> Proof:
         ProofError: on every rank, naming the worst rank, layer, head and distance.
     """
     findings = []
-    with _whole_weights(stages[0].position):
+    with _whole_weights(stages[0].position), _drawn_weights(stages[0].lent_position):
         for stage in stages:
             if stage.pre_process:
                 findings.append(_embedding_finding(stage))
@@ -102,12 +102,10 @@ def _attention_finding(
     live = _live_log_weights(stage, attention, query_NH, key_KH, num_queries, distances)
     expected = _expected_log_weights(attention.position, query_NH, key_KH)
     expected = expected[:, [num_keys - 1 - distance for distance in distances]]
-    floor = FLOORS[_dtype(stage)]
-    differences = live.clamp(min=floor) - expected.clamp(min=floor)
-    errors = torch.nan_to_num(differences.abs(), nan=math.inf)
+    errors = torch.nan_to_num((live - expected).abs(), nan=math.inf)
     head, index = divmod(int(errors.argmax()), len(distances))
     return float(errors.max()), (
-        f"layer {attention.layer_number - 1}, head {attention.position.heads.first + head}, "
+        f"layer {attention.layer_number - 1}, head {stage.position.heads.first + head}, "
         f"distance {distances[index]} of {num_queries}×{num_keys}"
     )
 
@@ -116,7 +114,8 @@ def _probe(stage: GPTStage, num_keys: int) -> tuple[Tensor, Tensor]:
     """Queries [N, H] and keys [K, H], exact in the training dtype. Keys are the same for every
     head. The score q·k/√H is about minus the bias, so that no weight underflows; or, before they
     are turned, one number for all."""
-    position, head_dim, dtype = stage.position, stage.config.kv_channels, _dtype(stage)
+    position, dtype = stage.lent_position.copy, _dtype(stage)
+    head_dim = stage.config.kv_channels
     if position.has_rotation:
         generator = torch.Generator().manual_seed(1)
         shape = (position.heads.count + 1, head_dim)
@@ -194,6 +193,19 @@ def _whole_weights(position: PositionMethod) -> Iterator[None]:
     yield
     for weight in parts:
         weight.partition()
+
+
+@contextmanager
+def _drawn_weights(lent: LentPosition) -> Iterator[None]:
+    """What the layers use, drawn from N(0, 1), and at the end again the owner's."""
+    if not lent.has_copy:
+        yield
+        return
+    generator = torch.Generator().manual_seed(lent.owner.heads.first)
+    for weight in lent.copy.parameters():
+        weight.data.copy_(torch.randn(weight.shape, generator=generator))
+    yield
+    lent.refresh()
 
 
 def _fingerprint(position: PositionMethod) -> str:

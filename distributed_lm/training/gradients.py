@@ -1,9 +1,9 @@
 """Gradient sums that Megatron leaves to its own optimizer, done where DeepSpeed can see the result.
 
 Some parameters exist on several model-parallel ranks with only part of the gradient on each: those
-that saw a slice of the tokens or of the heads, on the tensor-parallel ranks; a tied embedding, whose
-input half is on the first pipeline stage and output half on the last; and what a position method
-learns about attention, of which every stage has its layers' part.
+that saw a slice of the tokens or of the heads, on the tensor-parallel ranks; a tied embedding,
+whose input half is on the first pipeline stage and output half on the last; and what a position
+method learns on the attention, of which every stage has its layers' part.
 """
 
 import torch

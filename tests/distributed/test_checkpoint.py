@@ -77,6 +77,8 @@ def test_same_layout_is_bit_identical(layout: str, precision: str, tmp_path: Pat
 ALIBI_TIED: dict[str, Any] = {}
 UNTIED = {"tie_embeddings": False}
 SINUSOIDAL = {"position": "sinusoidal"}
+T5 = {"position": "t5"}
+LEARNED = {"position": "learned"}
 # From a layout, to a layout, of a model.
 PAIRS = [
     ("tp2-sequence-zero1", "zero0", ALIBI_TIED),
@@ -93,6 +95,9 @@ PAIRS = [
     ("dp2-zero1", "tp2-pp2", UNTIED),
     ("pp2-interleaved", "dp2-zero2", ALIBI_TIED),
     ("dp2-zero3", "tp2-sequence-zero1", ALIBI_TIED),
+    ("tp2-pp2", "dp2-zero3", T5),
+    ("dp2-zero2", "pp2-interleaved", T5),
+    ("tp2-pp2", "zero0", LEARNED),
 ]
 
 

@@ -38,9 +38,29 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         "parallel": {"tensor": 2, "pipeline": 2}, "train": {"recompute": "selective"},
     }),
     "tp2-pp2-dp2": (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
+    "dp2-zero2-full-recompute": (2, {"zero": {"stage": 2}, "train": {"recompute": "full"}}),
+    "dp2-zero3-selective-recompute": (2, {
+        "zero": {"stage": 3}, "train": {"recompute": "selective"},
+    }),
 }  # fmt: skip
+# ZeRO takes a gradient at its first part: only weights that all layers share have more than one.
+SHARED_WEIGHTS_ONLY = {"dp2-zero2-full-recompute", "dp2-zero3-selective-recompute"}
 # Recomputing is about the layout, not about what is recomputed.
 ALIBI_ONLY = {"tp2-sequence-full-recompute", "pp2-full-recompute", "tp2-pp2-selective-recompute"}
+SPLITS = {"tp2", "pp2"}
+# A method without weights is split as others are. Weights that all layers share, and weights of the
+# first stage, meet each way of splitting, of reducing gradients and of going backward.
+LAYOUTS_OF: dict[str, set[str]] = {
+    "alibi": LAYOUTS.keys() - SHARED_WEIGHTS_ONLY,
+    "sinusoidal": LAYOUTS.keys() - SHARED_WEIGHTS_ONLY - ALIBI_ONLY,
+    "rotary": {*SPLITS, "tp2-pp2"},
+    "none": SPLITS,
+    "t5": {
+        *SPLITS, "pp2-interleaved", "pp4", "tp2-pp2", "dp2-zero0", "dp2-zero2", "dp2-zero3",
+        "pp2-full-recompute", "dp2-zero2-full-recompute", "dp2-zero3-selective-recompute",
+    },
+    "learned": {"tp2-sequence", "pp2", "pp2-interleaved", "tp2-pp2", "tp2-sequence-zero3"},
+}  # fmt: skip
 
 
 @functools.cache
@@ -57,13 +77,15 @@ def serial_weights(position: str) -> dict[str, np.ndarray]:
 
 # A user's own method, from his own file, inherits the tests.
 CUSTOM = "tests.support.custom_position:LogarithmicBias"
+CUSTOM_TRAINED = "tests.support.custom_position:TrainedLogarithmicBias"
 CASES = [
     (layout, position)
     for position in sorted(METHODS)
     for layout in LAYOUTS
-    if position == "alibi" or layout not in ALIBI_ONLY
+    if layout in LAYOUTS_OF[position]
 ]
 CASES += [(layout, CUSTOM) for layout in ("tp2-sequence", "tp2-pp2")]
+CASES += [(layout, CUSTOM_TRAINED) for layout in ("tp2", "pp2", "tp2-pp2")]
 
 
 @pytest.mark.parametrize(("layout", "position"), CASES)

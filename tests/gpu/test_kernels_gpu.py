@@ -28,7 +28,11 @@ TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-3}
 
 
 def position_method(name: str, heads: HeadSlice) -> PositionMethod:
-    return build_position(tiny_config(model={"position": name}).model, heads)
+    position = build_position(tiny_config(model={"position": name}).model, heads).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(heads.first)
+    for weight in position.parameters():  # as built, it is zero
+        weight.data.normal_(generator=generator)
+    return position
 
 
 def draw(
@@ -48,12 +52,15 @@ def draw(
 
 def forward_backward(backend: str, inputs: list[Tensor], position: PositionMethod) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    weights = list(position.parameters()) if position.has_bias else []
+    position.zero_grad()
     output = BACKENDS[backend](*leaves, position)
     assert output.dtype == inputs[0].dtype
     generator = torch.Generator(DEVICE).manual_seed(1)
     upstream = torch.randn(output.shape, device=DEVICE, generator=generator)
     output.backward(upstream.to(output.dtype))
-    return [tensor.float() for tensor in (output.detach(), *(leaf.grad for leaf in leaves))]
+    gradients = [leaf.grad.float() for leaf in (*leaves, *weights)]
+    return [output.detach().float(), *gradients]
 
 
 def assert_equals_reference(backend: str, inputs: list[Tensor], position: PositionMethod) -> None:
@@ -62,7 +69,8 @@ def assert_equals_reference(backend: str, inputs: list[Tensor], position: Positi
         pytest.skip(reason)
     expected = forward_backward("reference", inputs, position)
     live = forward_backward(backend, inputs, position)
-    for what, one, other in zip(("output", "dq", "dk", "dv"), live, expected, strict=True):
+    names = ("output", "dq", "dk", "dv", "dtable")[: len(expected)]
+    for what, one, other in zip(names, live, expected, strict=True):
         error = float((one - other).norm() / other.norm())
         assert error < TOLERANCES[inputs[0].dtype], f"{what}: relative error {error:.3g}"
 

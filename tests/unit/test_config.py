@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_lm.config import RunConfig, load_config
+from distributed_lm.config import RunConfig, load_config, longest_input
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
 
@@ -68,6 +68,10 @@ BAD_VALUES = [
     ),
     (
         ["model.max_positions=32"],
+        ["sequence_length=64", "max_positions=32", "raise model.max_positions"],
+    ),
+    (
+        ["model.position=learned", "model.max_positions=32"],
         ["sequence_length=64", "max_positions=32", "raise model.max_positions"],
     ),
     (["data.block_length=100"], ["block_length=100", "sequence_length=64", "use 128"]),
@@ -198,3 +202,22 @@ def message_of(path: Path, overrides: list[str] | None = None) -> str:
 
 def dump_without(config: RunConfig, exclude: dict) -> dict:
     return config.model_dump(exclude=exclude)
+
+
+def test_learned_has_a_row_for_every_trained_position_and_remembers_how_many(
+    tmp_path: Path,
+) -> None:
+    """A later evaluation at another length still builds the table that was trained."""
+    trained = load_config(SMOKE, ["model.position=learned", "data.sequence_length=128"])
+    assert longest_input(trained) == trained.model.max_positions == 128
+    (tmp_path / "config.yaml").write_text(trained.to_yaml())
+    assert longest_input(load_config(tmp_path, ["data.sequence_length=64"])) == 128
+    longer = load_config(SMOKE, ["model.position=learned", "model.max_positions=1000"])
+    assert longest_input(longer) == 1000
+
+
+@pytest.mark.parametrize("position", ["alibi", "sinusoidal", "rotary", "t5", "none"])
+def test_other_methods_have_no_longest_input_of_their_own(position: str) -> None:
+    assert longest_input(load_config(SMOKE, [f"model.position={position}"])) is None
+    limited = load_config(SMOKE, [f"model.position={position}", "model.max_positions=512"])
+    assert longest_input(limited) == 512

@@ -39,9 +39,10 @@ class PositionMethod(nn.Module):
     attributes, since the engines cast buffers and parameters to the training dtype.
 
     Weights of its own are parameters of one or two dimensions, used either in ``embed`` (then set
-    ``embeds_only``) or on the attention. One with a row for each of this rank's heads says so by
-    ``parameter.partition_dim = 0``; any other is a copy on each rank. Every pipeline stage has them,
-    equal at all times: the engine sums their gradients over stages and tensor-parallel ranks.
+    ``embeds_only``) or on the attention, which works with an fp32 copy (``lending.py``). One with a
+    row for each of this rank's heads says so by ``parameter.partition_dim = 0``; any other is the
+    same on every rank. So is each stage's copy: gradients are summed over pipeline stages and,
+    where they are partial, over tensor-parallel ranks. All start from N(0, ``init_std``²).
     """
 
     embedding_scale: float = 1.0
@@ -90,10 +91,8 @@ class PositionMethod(nn.Module):
         """[N, Q, K] fp32, added to the scaled scores; None adds nothing."""
         return None
 
-    def score_mod(
-        self, first_query: int, num_keys: int, device: torch.device
-    ) -> ScoreMod | None:
-        """The same bias as of ``num_keys`` keys for FlexAttention, ``(score, batch, head, query, key) -> score`` with
+    def score_mod(self, first_query: int, num_keys: int, device: torch.device) -> ScoreMod | None:
+        """The same bias for FlexAttention, ``(score, batch, head, query, key) -> score`` with
         indices local to this rank and any tensors on ``device``; None where ``bias`` is None or
         cannot be put this way."""
         return None

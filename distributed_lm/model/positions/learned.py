@@ -17,19 +17,19 @@ class Learned(PositionMethod):
         super().__init__(model, heads)
         if model.max_positions is None:
             raise ConfigError("model.max_positions: missing; model.position=learned has a row each")
-        self.max_positions = model.max_positions
+        self.max_positions = self.rows = model.max_positions  # ZeRO 3 takes the table itself away
         self.table = nn.Parameter(torch.zeros(model.max_positions, model.hidden_size))
 
     def embed(self, hidden_SBD: Tensor, first_position: int) -> Tensor:
         stop = first_position + hidden_SBD.size(0)
-        if stop > self.max_positions:
+        if stop > self.rows:
             raise ConfigError(
                 f"model.position=learned has no row for position {stop - 1}: its table ends at "
-                f"model.max_positions={self.max_positions}; use inputs of at most that length"
+                f"model.max_positions={self.rows}; use inputs of at most that length"
             )
         return hidden_SBD + self.table[first_position:stop, None, :].to(hidden_SBD.dtype)
 
     def expected_embedding(self, position: int, hidden_size: int) -> Tensor:
-        one_hot = torch.zeros(self.max_positions, dtype=torch.float64)
+        one_hot = torch.zeros(self.rows, dtype=torch.float64)
         one_hot[position] = 1.0
         return one_hot @ self.table.detach().double().cpu()

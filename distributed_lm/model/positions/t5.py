@@ -1,4 +1,4 @@
-"""T5's relative bias: one learnt number per head and bucket of distances, the same in all layers."""
+"""T5's relative bias: a learnt number for each head and bucket of distances, in all layers."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ class T5(PositionMethod):
     def expected_bias(self, head: int, distance: Tensor) -> Tensor:
         row = self.table[head - self.heads.first].detach().double().cpu()
         exact = T5_BUCKETS // 2
-        # Bucket exact + n begins at exact · (longest / exact)^(n / exact): counted up, no logarithm.
+        # Bucket exact + n begins at exact · (longest / exact)^(n / exact).
         starts = list(range(exact))
         starts += [exact * (T5_MAX_DISTANCE / exact) ** (n / exact) for n in range(exact)]
         edges = torch.tensor(starts, dtype=torch.float64)

@@ -23,7 +23,11 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 def position_method(name: str, num_heads: int) -> PositionMethod:
     model = tiny_config(model={"position": name}).model
-    return build_position(model, HeadSlice(0, num_heads, num_heads))
+    position = build_position(model, HeadSlice(0, num_heads, num_heads))
+    generator = torch.Generator().manual_seed(num_heads)
+    for weight in position.parameters():  # as built, it is zero
+        weight.data = torch.randn(weight.shape, generator=generator)
+    return position
 
 
 def draw(
@@ -42,14 +46,17 @@ def draw(
 def forward_backward(
     backend: str, inputs: tuple[Tensor, Tensor, Tensor], position: PositionMethod
 ) -> list[Tensor]:
-    """Output and the gradients of query, key and value, in fp32."""
+    """Output and the gradients of query, key, value and the method's weights, in fp32."""
+    weights = list(position.parameters()) if position.has_bias else []
+    position.zero_grad()
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     output = BACKENDS[backend](*leaves, position)
     assert output.dtype == inputs[0].dtype
     assert output.shape == inputs[0].shape
     generator = torch.Generator().manual_seed(1)
     output.backward(torch.randn(output.shape, generator=generator).to(output.dtype))
-    return [tensor.float() for tensor in (output.detach(), *(leaf.grad for leaf in leaves))]
+    gradients = [leaf.grad.float() for leaf in (*leaves, *weights)]
+    return [output.detach().float(), *gradients]
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, position: PositionMethod) -> Tensor:
@@ -61,7 +68,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, position: PositionMethod)
         scores = query[:, head].double() @ key[:, group].double().transpose(1, 2)
         rows = torch.arange(num_keys - num_queries, num_keys)[:, None]
         distance = (rows - torch.arange(num_keys)[None, :]).double()
-        bias = position.expected_bias(position.heads.first + head, distance)
+        bias = position.expected_bias(position.heads.first + head, distance.clamp(min=0))
         scores = scores / math.sqrt(HEAD_DIM) + bias
         weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
         outputs.append(weights @ value[:, group].double())
@@ -149,11 +156,13 @@ def test_one_module_takes_any_length_after_any_other(name: str, backend: str) ->
     attention = CoreAttention(None, 1, position_method(name, 4), backend)  # type: ignore[arg-type]
     lengths = [(factor * FIRST_LENGTH,) * 2 for factor in (1, 4, 5, 16, 1)]
     for queries, keys in [*lengths, (1, 1), (37, 37), (5, 37), (1, 38), (20, 20)]:
-        query, key, value = draw(4, 2, queries, keys)
+        query, key, value = (tensor.detach() for tensor in draw(4, 2, queries, keys))
         live = attention(*(tensor.permute(2, 0, 1, 3) for tensor in (query, key, value)))
         assert live.shape == (queries, 2, 4 * HEAD_DIM)
+        turn, places = attention.position.expected_rotation, torch.arange(keys)
+        query, key = turn(query.double(), places[keys - queries :]), turn(key.double(), places)
         expected = formula(query, key, value, attention.position).permute(2, 0, 1, 3).flatten(2)
-        torch.testing.assert_close(live.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(live.detach().double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_attention_mask_is_refused() -> None:
@@ -170,8 +179,9 @@ def test_flex_equals_reference_forward(name: str, shape: tuple[int, int, int, in
     """Uncompiled on the CPU: the same mask and score functions as the kernel gets on a GPU."""
     position = position_method(name, shape[0])
     inputs = [tensor.detach() for tensor in draw(*shape)]  # it has no backward on a CPU
-    live = BACKENDS["flex"](*inputs, position)
-    expected = BACKENDS["reference"](*inputs, position)
+    with torch.no_grad():
+        live = BACKENDS["flex"](*inputs, position)
+        expected = BACKENDS["reference"](*inputs, position)
     torch.testing.assert_close(live, expected, atol=2e-5, rtol=0)
 
 
@@ -207,9 +217,10 @@ def test_a_trained_bias_is_never_stale(backend: str) -> None:
 
 
 def test_auto_takes_the_fastest_that_fits() -> None:
-    alibi = position_method("alibi", 4)
-    assert choose_backend("auto", alibi, CPU, torch.float32) == "sdpa"
-    assert choose_backend("auto", alibi, CUDA, torch.bfloat16) == "flex"
+    for method in sorted(METHODS):
+        position = position_method(method, 4)
+        assert choose_backend("auto", position, CPU, torch.float32) == "sdpa"
+        assert choose_backend("auto", position, CUDA, torch.bfloat16) == "flex"
     assert choose_backend("auto", LearnedBias(), CUDA, torch.bfloat16) == "sdpa"
     for name in ("reference", "sdpa"):
         assert choose_backend(name, LearnedBias(), CPU, torch.float32) == name
@@ -218,8 +229,9 @@ def test_auto_takes_the_fastest_that_fits() -> None:
 UNAVAILABLE = [
     ("flex", "alibi", CPU, torch.bfloat16, "FlexAttention has no backward on CPU"),
     ("flash", "alibi", CPU, torch.bfloat16, "FlashAttention-2 needs a GPU"),
-    ("flex", "learned", CUDA, torch.bfloat16, "LearnedBias has no score_mod"),
-    ("flash", "learned", CUDA, torch.bfloat16, "LearnedBias's bias is not linear"),
+    ("flex", "custom", CUDA, torch.bfloat16, "LearnedBias has no score_mod"),
+    ("flash", "custom", CUDA, torch.bfloat16, "LearnedBias's bias is not linear"),
+    ("flash", "t5", CUDA, torch.bfloat16, "T5's bias is not linear"),
     ("flash", "alibi", CUDA, torch.float32, "takes precision=bf16 or fp16, not fp32"),
 ]
 
@@ -234,7 +246,7 @@ def test_what_cannot_work_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: object())
-    position = LearnedBias() if method == "learned" else position_method(method, 4)
+    position = LearnedBias() if method == "custom" else position_method(method, 4)
     with pytest.raises(ConfigError) as caught:
         choose_backend(name, position, device, dtype)
     assert f"attention.backend={name}: " in str(caught.value)

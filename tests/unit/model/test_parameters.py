@@ -32,6 +32,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries": GROUPED,
     "grouped queries, no bias": {**GROUPED, "bias": False},
     "sinusoidal, odd depth": {"position": "sinusoidal", "num_layers": 3},
+    "learned": {"position": "learned"},
+    "learned, longer": {"position": "learned", "max_positions": 500},
+    "t5": {"position": "t5"},
     "llama-like": {
         **GROUPED,
         "activation": "swiglu",
@@ -60,6 +63,29 @@ def test_counts_equal_the_built_models() -> None:
     planned = [total_parameters(config.model, VOCAB) for config in configs]
     assert dict(zip(VARIANTS, planned, strict=True)) == dict(zip(VARIANTS, built, strict=True))
     assert len(set(built)) == len(built)  # every variant does change the count
+
+
+def count_in_norm(config: RunConfig) -> int:
+    """Elements whose gradients this rank adds to the norm, as DeepSpeed and ZeRO 0 decide it."""
+    process = Process.from_environment()
+    groups = process_groups.start(config, process, Layout.of(config, process.world_size))
+    shards = parameter_shards(build_stages(config, VOCAB, groups), groups)
+    assert len({id(shard.parameter) for shard in shards}) == len(shards)
+    counted = 0
+    for shard in shards:
+        assert shard.parameter.ds_pipe_replicated == shard.is_tied_copy
+        assert shard.parameter.tensor_model_parallel == shard.is_sharded
+        if not shard.is_tied_copy and (shard.is_sharded or groups.coordinates.tensor == 0):
+            counted += shard.parameter.numel()
+    return counted
+
+
+@pytest.mark.parametrize("position", ["t5", "learned"])
+def test_every_weight_is_counted_once_in_the_gradient_norm(position: str) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    config = tiny_config(model={"position": position}, parallel=parallel)
+    counted = run_distributed(count_in_norm, 4, config)
+    assert sum(counted) == total_parameters(config.model, VOCAB)
 
 
 def preset(name: str) -> tuple[ModelConfig, int]:
