@@ -5,6 +5,7 @@ for those are all in ``install_cpu_stand_ins`` and are put in place only where t
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import platform as host
@@ -239,3 +240,15 @@ def _torch_with_zeros_on_cpu() -> types.ModuleType:
 
     view.__dict__["zeros"] = zeros
     return view
+
+
+def give_back_freed_tensors() -> None:
+    """Have the memory of every large tensor returned to the system as soon as it is freed.
+
+    glibc raises its threshold for that whenever a large block is freed, and from then on keeps
+    tensors of up to 32 MB in its heap, whose holes add up to most of a model that passes through.
+    Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; setting it turns the raising off

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -140,7 +141,7 @@ def _run(
         }
 
 
-def _reload(folder: Path, work: Path) -> dict:  # type: ignore[type-arg]  # JSON
+def _reload(folder: Path, work: Path) -> dict[str, Any]:
     """``-I``: without PYTHONPATH, the user's site folder and the current one."""
     command = [sys.executable, "-I", str(RELOAD), str(folder.resolve()), str(work)]
     done = subprocess.run(
@@ -150,4 +151,4 @@ def _reload(folder: Path, work: Path) -> dict:  # type: ignore[type-arg]  # JSON
         reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ComparisonError(f"{folder}: transformers cannot load it: {reason[-1]}")
     answer = (work / "theirs.json").read_text(encoding="utf-8")
-    return json.loads(answer)  # type: ignore[no-any-return]
+    return json.loads(answer)

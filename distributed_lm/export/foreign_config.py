@@ -119,7 +119,7 @@ def _with_defaults(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw)).to_dict()  # type: ignore[no-any-return]
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw)).to_dict()
     except Exception as error:  # whatever its validation raises
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: transformers refuses it: {first_line}") from None

@@ -53,6 +53,7 @@ def import_hf(folder: Path, output: Path, overrides: list[str]) -> None:
     for path in (output, draft):
         if path.exists():
             raise ConfigError(f"--output {output}: {path} exists; choose another, or remove it")
+    platform.give_back_freed_tensors()
     tensors = SafetensorsFolder(folder)
     foreign = read_foreign(folder, tensors)
     config = _config(foreign, output, overrides)

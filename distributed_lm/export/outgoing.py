@@ -56,9 +56,8 @@ class Source:
     @property
     def num_positions(self) -> int:
         """Longest input of a class that has such a limit: at least twice the trained length."""
-        return longest_input(self.config) or max(
-            2 * self.config.data.sequence_length, *self.config.evaluation_lengths
-        )
+        twice = 2 * self.config.data.sequence_length
+        return longest_input(self.config) or max(twice, *self.config.evaluation_lengths)
 
     @property
     def compared_lengths(self) -> tuple[int, ...]:

@@ -36,11 +36,11 @@ def write_shards(
     if len(names) == 1:
         os.rename(_draft(folder, 0), folder / SINGLE_FILE)
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, members in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
-        os.rename(_draft(folder, number), folder / file)
-        weight_map |= dict.fromkeys(members, file)
+        name = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        os.rename(_draft(folder, number), folder / name)
+        weight_map |= dict.fromkeys(members, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return total
@@ -83,14 +83,14 @@ class SafetensorsFolder:
         return name in self._file_of
 
     def read(self, name: str) -> Tensor:
-        """One tensor, copied, so that its shard can be closed.
+        """One tensor.
 
         Raises:
             CheckpointError: if it is not where the index says.
         """
         file = self._file_of[name]
         try:
-            return self._shard(file).get_tensor(name).clone()  # type: ignore[no-any-return]
+            return self._shard(file).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: {error}; copy it again") from None
 

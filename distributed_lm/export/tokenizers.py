@@ -16,7 +16,7 @@ from distributed_lm.data.tokenizer import (
 # What a comparison of two tokenizers encodes: several scripts, digits, spaces, line ends.
 SAMPLE = (
     "Train short, test long: attention with linear biases.\n\n  In 2022,\tperplexity fell 3.14%…\n"
-    "naïve façade — Übung; Ελληνικά, русский, 日本語, العربية 🙂 def f(x): return x[1:]\r\n'tis I'll"
+    "naïve façade — Übung; Ελληνικά, русский, 日本語, العربية 🙂 def f(x): return x[1:]\r\nI'll"
 )
 
 
