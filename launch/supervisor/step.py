@@ -64,22 +64,24 @@ def task_environment(job: Job, port: int, token: str, nodes: list[str]) -> dict[
 class Step:
     """One srun and its end."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log_dir: Path, tasks: int) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, log_dir: Path, starts: list[int]
+    ) -> None:
         self._process = process
         self._log_dir = log_dir
-        self._tasks = tasks
-        self._starts = _sizes(log_dir, tasks)
+        self._starts = starts
+        """By rank, where in its log this step begins, in bytes."""
 
     @classmethod
     async def start(
         cls, command: list[str], environment: dict[str, str], log_dir: Path, tasks: int
     ) -> Step:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        starts = await asyncio.to_thread(_make_ready, log_dir, tasks)
         # A session of its own: what is sent to the batch script's group is for us alone.
         process = await asyncio.create_subprocess_exec(
             *command, env=environment, start_new_session=True
         )
-        return cls(process, log_dir, tasks)
+        return cls(process, log_dir, starts)
 
     async def wait(self) -> int:
         """Its exit code: the highest of its tasks; 128 + n for signal n."""
@@ -96,25 +98,27 @@ class Step:
                 return
 
     def why(self, code: int, ends: dict[int, tuple[int, float]], seconds: float) -> Failure:
-        """The rank whose fault the end seems to be.
+        """The rank whose fault the end seems to be. Reads all logs.
 
         Args:
-            code: srun's exit code, for ranks of which no other is known.
+            code: srun's exit code, for ranks of which no other is known; 0 = not their fault.
             ends: exit code and time of the ranks that have told.
         """
         failures = []
-        for rank in range(self._tasks):
+        for rank, start in enumerate(self._starts):
             path = self._log_dir / f"rank_{rank}.log"
             rank_code, ended_at = ends.get(rank, (code, time.time()))
             if rank_code:
-                output = _tail(path, self._starts[rank])
+                output = _tail(path, start)
                 by_signal = 128 < rank_code < 128 + signal.NSIG
                 code_or_signal = 128 - rank_code if by_signal else rank_code
                 failures.append(Failure(rank, code_or_signal, ended_at, output, path))
         return root_cause(failures or [Failure(0, code, time.time(), "", self._log_dir)])
 
 
-def _sizes(log_dir: Path, tasks: int) -> list[int]:
+def _make_ready(log_dir: Path, tasks: int) -> list[int]:
+    """Make the folder; returns the sizes of the ranks' logs in it."""
+    log_dir.mkdir(parents=True, exist_ok=True)
     paths = [log_dir / f"rank_{rank}.log" for rank in range(tasks)]
     return [path.stat().st_size if path.exists() else 0 for path in paths]
 
