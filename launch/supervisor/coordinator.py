@@ -133,8 +133,9 @@ class Coordinator:
         """Have every rank leave at once; those whose watchdog is dead do not hear it."""
         await self._tell(list(self.members.values()), {"die": why})
 
-    async def introduce(self, ranks: list[int]) -> None:
-        """Tell the health tasks of some nodes where to meet: at the first of them."""
+    async def introduce(self, ranks: list[int], seconds: float) -> None:
+        """Tell the health tasks of some nodes where to meet, at the first of them, and for how
+        long to try."""
         first, port = self.members[ranks[0]], _free_port()
         for rank, number in enumerate(ranks):
             member = self.members[number]
@@ -142,7 +143,7 @@ class Coordinator:
             if address.startswith("127."):
                 address = str(member.writer.get_extra_info("sockname")[0])
             meet = {"rank": rank, "world_size": len(ranks), "address": address, "port": port}
-            await self._tell([member], {"meet": meet})
+            await self._tell([member], {"meet": {**meet, "seconds": seconds}})
 
     async def dump_stacks(self) -> None:
         """Have every rank write where it is into its log."""

@@ -19,6 +19,18 @@ TAIL_BYTES = 64 * 1024
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
+# What deals a node's devices out to the tasks of a step, or counts those of all its nodes.
+PER_TASK_OPTIONS = (
+    "--gpus", "--gpus-per-task", "--gpus-per-socket", "--ntasks-per-gpu", "--gpu-bind",
+    "--tres-per-task", "--tres-bind",
+)  # fmt: skip
+
+
+def whole_node_options(options: list[str]) -> list[str]:
+    """Of srun: those with which one task on a node has all its devices."""
+    return [option for option in options if option.partition("=")[0] not in PER_TASK_OPTIONS]
+
+
 def srun_command(
     job: Job, nodes: list[str], tasks_per_node: int, output: str, module: str, *arguments: str
 ) -> list[str]:

@@ -1,26 +1,15 @@
 """Runs as real jobs: what ends them, and that they come back to the same end."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.slurm_cluster import SlurmCluster
-from tests.support.slurm_jobs import Jobs, ranks_on, send
+from tests.support.slurm_jobs import Jobs, own_cluster, ranks_on, send
 
 # Of the losses of 50 steps that were partly done on one rank: rounding, which training amplifies.
 OTHER_LAYOUT = 1e-3
-
-
-@pytest.fixture
-def jobs(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> Iterator[Jobs]:
-    yield Jobs(slurm, demo_data, tmp_path)
-    slurm.run(["scancel", "--me"])
-    slurm.wait_until(lambda: not slurm.run(["squeue", "-h"]).stdout or None, 60, "empty queue")
-    for node in ("node1", "node2"):
-        assert not slurm.processes(node)
 
 
 def test_run_comes_to_its_end(jobs: Jobs, expected: list[float]) -> None:
@@ -77,7 +66,7 @@ def test_preempted_run_comes_back(
     mode: str, demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     """CANCEL kills the job for good: it submits itself again."""
-    with SlurmCluster(preempt_mode=mode) as cluster:
+    with own_cluster(preempt_mode=mode) as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("preempted", exclusive=True)
         job.reach(12)
         cluster.submit(
@@ -134,7 +123,7 @@ def test_users_mistake_is_not_tried_again(jobs: Jobs) -> None:
 def test_power_cut_of_a_node(
     node: str, demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("cut")
         job.reach(12)
         cluster.power_off(node)

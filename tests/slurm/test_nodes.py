@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.slurm.test_jobs import OTHER_LAYOUT
 from tests.support.slurm_cluster import SlurmCluster
-from tests.support.slurm_jobs import Job, Jobs
+from tests.support.slurm_jobs import Job, Jobs, own_cluster
 
 THREE = ("node1", "node2", "node3")
 
@@ -28,7 +28,7 @@ def nodes_of(job: Job) -> list[list[str]]:
 def test_sick_node_is_named_and_left_out(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster(nodes=THREE) as cluster:
+    with own_cluster(nodes=THREE) as cluster:
         jobs = Jobs(cluster, demo_data, tmp_path)
         make_sick(cluster, "node2", tmp_path / "excluding")
         job = jobs.launch("excluding")
@@ -44,7 +44,7 @@ def test_sick_node_is_named_and_left_out(
 def test_spare_node_takes_the_place_of_a_sick_one(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster(nodes=THREE) as cluster:
+    with own_cluster(nodes=THREE) as cluster:
         make_sick(cluster, "node2", tmp_path / "sparing")
         job = Jobs(cluster, demo_data, tmp_path).launch("sparing", options=("--spare-nodes", "1"))
         job.finish()
@@ -57,7 +57,7 @@ def test_node_that_is_cut_off_and_comes_back(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     """Its rank lives on behind the cut, and must neither write nor stay."""
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("cut-off")
         job.reach(12)
         cluster.link_down("node2")
@@ -73,7 +73,7 @@ def test_node_that_is_cut_off_and_comes_back(
 def test_controller_that_is_away_for_a_while(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("uncontrolled")
         job.reach(5)
         cluster.stop_controller()
@@ -88,7 +88,7 @@ def test_controller_that_is_away_for_a_while(
 def test_two_ranks_on_each_of_two_nodes(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch(
             "grid", "parallel.tensor=2", devices_per_node=2
         )

@@ -1,4 +1,4 @@
-"""What the supervisor reads from its journal and the metrics, and that writing is not waited for."""
+"""What the supervisor reads from its journal and the metrics, and that it waits for no write."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ import pytest
 from launch.supervisor import comeback
 from launch.supervisor.clock import Clock, slowest_save
 from launch.supervisor.comeback import Allocation, come_back
+from launch.supervisor.health import pairs
 from launch.supervisor.job import Job
 from launch.supervisor.journal import (
     Journal,
@@ -23,6 +24,7 @@ from launch.supervisor.journal import (
     waiting_jobs,
 )
 from launch.supervisor.outcome import failures_in_a_row, has_progressed
+from launch.supervisor.step import whole_node_options
 
 
 def event(name: str, job: str | None = "1", **values: Any) -> dict[str, Any]:
@@ -171,6 +173,26 @@ class TestLead:
 
     def test_no_limit_is_known(self, tmp_path: Path) -> None:
         assert Clock(job(tmp_path, time_seconds=None), began=0.0).last_call() is None
+
+
+class TestPairs:
+    @pytest.mark.parametrize("number", [2, 3, 4, 5, 8, 16])
+    def test_in_as_many_rounds_as_there_are_partners_each_meets_every_other(
+        self, number: int
+    ) -> None:
+        nodes = [f"node{index}" for index in range(number)]
+        met = []
+        for turn in range(number - 1 + number % 2):
+            group = pairs(nodes, turn)
+            names = [name for pair in group for name in pair]
+            assert len(names) == len(set(names)) == number - number % 2
+            met += [frozenset(pair) for pair in group]
+        assert len(met) == len(set(met)) == number * (number - 1) // 2
+
+
+def test_health_check_is_given_all_devices_of_a_node() -> None:
+    options = ["--mpi=none", "--gpus-per-task=1", "--gpu-bind=closest", "--cpus-per-task=4"]
+    assert whole_node_options(options) == ["--mpi=none", "--cpus-per-task=4"]
 
 
 def test_journal_survives_a_torn_line(tmp_path: Path) -> None:
