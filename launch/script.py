@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def render(
     return Script(TEMPLATE.read_text(encoding="utf-8")).substitute(
         directives=directives,
         title=config.name,
-        environment="\n".join(_setup(cluster, job)),
+        environment="\n".join(_setup(config, cluster, job)),
         supervisor=shlex.join(supervisor),
     )
 
@@ -90,7 +91,7 @@ def _options(config: RunConfig, cluster: Cluster, wishes: Wishes, job: Job) -> l
     return named + flags + list(cluster.sbatch_options)
 
 
-def _setup(cluster: Cluster, job: Job) -> list[str]:
+def _setup(config: RunConfig, cluster: Cluster, job: Job) -> list[str]:
     """Lines of shell: modules, and the path on which the supervisor is found."""
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += [f"# {name}: {variable.reason}" for name, variable in cluster.environment.items()]
@@ -100,7 +101,31 @@ def _setup(cluster: Cluster, job: Job) -> list[str]:
     ]
     if cluster.scratch is not None:
         lines.append(f"export TMPDIR={shlex.quote(cluster.scratch)}")
-    return [*lines, f"export PYTHONPATH={shlex.quote(job.code)}"]
+    folder = own_module_folder(config)
+    path = job.code if folder is None else f"{job.code}:{plain('model.position', folder)}"
+    return [*lines, f"export PYTHONPATH={shlex.quote(path)}"]
+
+
+def own_module_folder(config: RunConfig) -> Path | None:
+    """Where the user's own position method is imported from, for the ranks, which start in another
+    folder; None if there is none, or it is installed.
+
+    Raises:
+        ConfigError: if its module is not to be found from here.
+    """
+    module, colon, _ = config.model.position.partition(":")
+    if not colon:
+        return None
+    name = module.partition(".")[0]
+    found = importlib.util.find_spec(name)
+    places = [*(found.submodule_search_locations or []), found.origin] if found else []
+    if not places or places[0] is None:
+        raise ConfigError(
+            f"model.position={config.model.position}: there is no module {name} here; launch from "
+            "the folder that has it, or set PYTHONPATH"
+        )
+    folder = Path(places[0]).resolve().parent
+    return None if "site-packages" in folder.parts else folder
 
 
 def srun_options(cluster: Cluster, config: RunConfig) -> list[str]:
@@ -143,6 +168,8 @@ def _mounts(cluster: Cluster, config: RunConfig) -> list[str]:
     """Folders that a container must show for the run to work in it."""
     data = config.data
     paths = [str(config.run_dir), *(corpus.path for corpus in data.corpora), data.cache_path]
+    module = own_module_folder(config)
+    paths.append(None if module is None else str(module))
     return [plain("data.path", path) for path in [*paths, cluster.scratch] if path is not None]
 
 

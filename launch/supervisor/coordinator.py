@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 import socket
 import statistics
@@ -51,8 +52,9 @@ class Coordinator:
         """By rank: the exit code of a rank that has ended, and when."""
         self.master_port = 0
         self._addresses: dict[int, str] = {}
-        self.away_seconds = 0.0
-        """For how long in all this process was not run: no silence in it is the ranks'."""
+        self.absence = (0.0, -math.inf)
+        """For how long this process was not run, last, and when that was noticed: no silence in it
+        is the ranks'."""
         self._awake = time.monotonic()
         self._opened = time.monotonic()
         self._step_seconds: list[float] = []
@@ -188,7 +190,7 @@ class Coordinator:
         away, self._awake = now - self._awake, now
         if away < AWAY_SECONDS:
             return
-        self.away_seconds += away
+        self.absence = away, now
         self._opened += away
         for member in self.members.values():
             member.moved = min(now, member.moved + away)

@@ -26,6 +26,8 @@ class Journal:
     def __init__(self, slurm_dir: Path, **always: Any) -> None:
         self._path = slurm_dir / JOURNAL
         self._always = always
+        self.unwritten: list[Event] = []
+        """What no disk took; a restart loop must be seen all the same."""
 
     def write(self, event: str, message: str = "", **values: Any) -> None:
         """Record and print one event."""
@@ -45,6 +47,7 @@ class Journal:
                 file.write((json.dumps(record) + "\n").encode())
         except OSError as error:
             print(f"supervisor: {self._path}: {error.strerror}", flush=True)
+            self.unwritten.append(record)
 
 
 class SupervisorsJournal:
@@ -65,7 +68,7 @@ class SupervisorsJournal:
 
     async def read(self) -> list[Event]:
         """All events, those just written included."""
-        return await self.after(lambda: read_journal(self._slurm_dir))
+        return await self.after(lambda: [*read_journal(self._slurm_dir), *self._journal.unwritten])
 
     async def after(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, once everything is written."""

@@ -79,10 +79,9 @@ class Supervisor:
         self.stop_asked = asyncio.Event()
         self.terminated = asyncio.Event()
         """Slurm is ending this script."""
-        self.continued = False
-        """SIGCONT has come: what Slurm sends after a suspension, and before SIGTERM."""
         self.successor: ComeBack | None = None
         """The job that goes on, if it had to be submitted before the ranks had saved."""
+        self.provision: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def run(self) -> int:
@@ -170,6 +169,7 @@ class Supervisor:
         told_to_stop = False
         while not ended.done():
             await asyncio.wait([ended], timeout=LOOK_SECONDS)
+            self.coordinator.look_up()
             self._look_at_the_clock()
             self._pass_on_alerts()
             if self.stop_asked.is_set() and not told_to_stop and not ended.done():
@@ -207,8 +207,6 @@ class Supervisor:
     async def _stop_ranks(self, step: Step) -> None:
         reason = self.stop_reason or ""
         self.journal.write("stopping", reason)
-        if reason.startswith("SIGTERM"):
-            await self._provide_for_the_end()
         for _ in range(AGREEMENTS):
             if await self.coordinator.agree_to_stop(reason):
                 return
@@ -233,6 +231,8 @@ class Supervisor:
 
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
         job, allocation = self.job, self.allocation
+        if self.provision is not None:
+            await self.provision
         if await asyncio.to_thread(was_cancelled, job, allocation):
             return await self._leave(
                 ComeBack(False, "cancelled by its user: not coming back"), code
@@ -351,6 +351,9 @@ class Supervisor:
         """Signals come twice and from all sides; the first one counts."""
         if name == "SIGTERM":
             self.terminated.set()
+        # Also of ranks that have been asked to stop: their time is up before they are done.
+        if name.startswith("SIGTERM") and self.provision is None:
+            self.provision = asyncio.ensure_future(self._provide_for_the_end())
         self._ask_to_stop(name)
 
     def _ask_to_stop(self, reason: str) -> None:
@@ -359,16 +362,18 @@ class Supervisor:
             self.stop_asked.set()
 
     def _on_continue(self) -> None:
-        self.continued = True
+        """After a suspension, and before SIGTERM."""
+        self.coordinator.look_up()
+        away, noticed = self.coordinator.absence
+        if away and time.monotonic() - noticed < LOOK_SECONDS:
+            self.coordinator.absence = (0.0, noticed)  # the signal comes twice
+            self.clock.suspended(away)
+            self.journal.write("note", f"the job was suspended for {away:.0f} s")
 
     def _look_at_the_clock(self) -> None:
         """Stop in time by ourselves: Slurm looks at time limits, and warns, once in 30 s only."""
-        self.coordinator.look_up()
-        away, self.coordinator.away_seconds = self.coordinator.away_seconds, 0.0
-        if away and self.continued:
-            self.clock.suspended(away)
-            self.journal.write("note", f"the job was suspended for {away:.0f} s")
-        self.continued = False
+        if time.monotonic() - self.coordinator.absence[1] < LOOK_SECONDS:
+            return  # SIGCONT may not have reached us yet
         self.clock.saved(float(self.coordinator.notes.get("save_seconds", 0.0)))
         left = self.clock.last_call()
         if left is not None:

@@ -271,7 +271,7 @@ def test_suspended_job_is_neither_cut_off_nor_taken_to_hang(
         for process in ranks.processes:
             process.send_signal(signal.SIGCONT)
         assert coordinator.hang(3.0) is None
-        assert coordinator.away_seconds == pytest.approx(4.0, abs=1.0)
+        assert coordinator.absence[0] == pytest.approx(4.0, abs=1.0)
         before = coordinator.members[0].boundary
         await ranks.reach(lambda: coordinator.members[0].boundary > before + 3)
         assert await coordinator.agree_to_stop("test")

@@ -53,6 +53,44 @@ def test_spare_node_takes_the_place_of_a_sick_one(
         assert nodes_of(job) == [["node1", "node3"]]
 
 
+def test_node_whose_network_fails_is_told_from_those_it_fails_with(
+    demo_data: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    """Every node's part of the all-reduce fails; only one has no interface of the right name."""
+    with own_cluster(nodes=THREE) as cluster:
+        ip = ["ip", "link", "set", "eth0"]
+        for change in (["down"], ["name", "eth9"]):
+            cluster.on_node("node2", [*ip, *change])
+        cluster.on_node("node2", ["ip", "link", "set", "eth9", "up"])
+        job = Jobs(cluster, demo_data, tmp_path).launch(
+            "unheard", options=("--spare-nodes", "1"), network_interface="eth0"
+        )
+        job.finish(120)
+        assert job.losses() == expected
+        [sick] = job.journal("sick")
+        assert sick["message"].startswith("node2: no all-reduce with another node works (")
+        assert nodes_of(job) == [["node1", "node3"]]
+        assert len(job.journal("life")) == 1
+
+
+def test_all_nodes_sick_is_no_nodes_fault(
+    demo_data: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    """As where a library lacks on all of them: none is left out. Here no GPU computes, and the run
+    needs none."""
+    with own_cluster(gpus_per_node=1) as cluster:
+        job = Jobs(cluster, demo_data, tmp_path).launch("all-sick", device="gpu")
+        job.finish()
+        assert job.losses() == expected
+        messages = [event["message"] for event in job.journal("sick")]
+        assert messages == [f"{node}: 0 of 1 devices are seen" for node in ("node1", "node2")]
+        assert [event["message"] for event in job.journal("note")] == [
+            "more than half of the nodes: none is left out"
+        ]
+        assert nodes_of(job) == [["node1", "node2"]]
+        assert not job.journal("unfit")
+
+
 def test_node_that_is_cut_off_and_comes_back(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:

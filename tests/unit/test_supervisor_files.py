@@ -85,6 +85,17 @@ class TestStandingFileSystem:
 
         assert [one["message"] for one in asyncio.run(run())] == [str(n) for n in range(50)]
 
+    def test_what_the_disk_does_not_take_is_remembered(self, tmp_path: Path) -> None:
+        (tmp_path / "slurm").write_text("no folder")
+
+        async def run() -> list[dict[str, Any]]:
+            journal = SupervisorsJournal(tmp_path / "slurm", job="1", restart=0)
+            for _ in range(4):
+                journal.write("crash")
+            return await journal.read()
+
+        assert failures_in_a_row(asyncio.run(run())) == 4.0
+
 
 def _lines(path: Path, number: int) -> list[str]:
     """Of a FIFO whose writer closes it after each."""
