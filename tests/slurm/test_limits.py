@@ -63,14 +63,14 @@ def ignored(pid: int) -> set[int]:
 
 
 def test_suspended_job_goes_on_where_it_was(jobs: Jobs, expected: list[float]) -> None:
-    """For longer than a rank waits for a word of its supervisor, and than no hang would last."""
-    job = jobs.launch("suspended", "supervision.hang_timeout_seconds=30")
+    """For longer than it would take to be a hang."""
+    job = jobs.launch("suspended", "supervision.hang_timeout_seconds=15")
     job.reach(12)
     jobs.cluster.run(["scontrol", "suspend", job.job_id])
-    time.sleep(35)
+    time.sleep(18)
     jobs.cluster.run(["scontrol", "resume", job.job_id])
     job.finish()
     assert job.losses() == expected
     assert len(job.journal("attempt")) == 1
     [note] = job.journal("note")
-    assert note["message"].startswith("the job was suspended for 3")
+    assert note["message"].startswith("the job was suspended for 1")
