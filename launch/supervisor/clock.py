@@ -8,6 +8,9 @@ from pathlib import Path
 
 from launch.supervisor.job import Job
 
+# More than this does not pass between the start of a job and that of its script's program.
+START_SECONDS = 1800.0
+
 
 class Clock:
     """Of one life of a job; Slurm's own warning is as it was when the job was submitted, and comes
@@ -19,9 +22,9 @@ class Clock:
             began: when Slurm started the job, in seconds since the epoch; None = just now.
         """
         self._job = job
-        # Prologue and environment modules are on the job's time, too.
-        passed = 0.0 if began is None else max(0.0, time.time() - began)
-        self._started = time.monotonic() - passed
+        # Prologue and environment modules are on the job's time, too; a wrong clock is not.
+        passed = 0.0 if began is None else time.time() - began
+        self._started = time.monotonic() - (passed if 0.0 < passed < START_SECONDS else 0.0)
         self._slowest_save = 0.0
 
     def saved(self, seconds: float) -> None:

@@ -232,7 +232,7 @@ class Supervisor:
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
         job, allocation = self.job, self.allocation
         if self.provision is not None:
-            await self.provision
+            await asyncio.wait([self.provision])
         if await asyncio.to_thread(was_cancelled, job, allocation):
             return await self._leave(
                 ComeBack(False, "cancelled by its user: not coming back"), code

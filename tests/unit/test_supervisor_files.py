@@ -174,13 +174,16 @@ class TestLead:
         assert slowest_save(tmp_path / "nowhere") == 0.0
 
     def test_last_call(self, tmp_path: Path) -> None:
-        clock = Clock(job(tmp_path), began=time.time() - 3600 + 250)
+        clock = Clock(job(tmp_path, time_seconds=850), began=time.time() - 600)
         assert clock.last_call() is None  # 250 s are left, 180 s are asked for
         clock.saved(90.0)  # three of it and half a minute
         left = clock.last_call()
         assert left == pytest.approx(250.0, abs=2.0)
         clock.suspended(100.0)
         assert clock.last_call() is None
+
+    def test_clock_of_a_node_that_is_hours_ahead_ends_no_job(self, tmp_path: Path) -> None:
+        assert Clock(job(tmp_path), began=time.time() - 7200).last_call() is None
 
     def test_no_limit_is_known(self, tmp_path: Path) -> None:
         assert Clock(job(tmp_path, time_seconds=None), began=0.0).last_call() is None
