@@ -138,7 +138,7 @@ def test_preempted_run_comes_back(
     mode: str, demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     """CANCEL kills the job for good: it submits itself again."""
-    with own_cluster(preempt_mode=mode) as cluster:
+    with own_cluster(preempt_mode=mode, kill_wait_seconds=6) as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("preempted", exclusive=True)
         job.reach(12)
         cluster.submit(
