@@ -323,7 +323,8 @@ class CheckpointConfig(Section):
 class SupervisionConfig(Section):
     hang_timeout_seconds: Count = 600
     """Under Slurm: a run in which no rank takes a step for this long (or for twenty steps' time,
-    if that is longer) hangs, and is started again."""
+    if that is longer), or a rank does not come up, hangs, and is started again. Ten times as long
+    while it starts, saves or evaluates."""
     max_restarts_without_progress: CountOrOff = 3
     """Restarts in a row without a new checkpoint after which the run stops."""
 

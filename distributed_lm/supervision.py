@@ -23,6 +23,8 @@ from typing import Any, Protocol
 TICK_SECONDS = 0.2
 # Without a word from the supervisor, which pings every two seconds.
 CUT_OFF_SECONDS = 30.0
+# Longer than this between two looks at the line, and this process was suspended with its job.
+AWAY_SECONDS = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # EX_TEMPFAIL of sysexits.h: stopped as asked; start again to go on.
 EXIT_STOPPED = 75
@@ -165,11 +167,12 @@ class Watchdog:
         heard, buffer = time.monotonic(), b""
         try:
             while True:
+                waited = time.monotonic()
                 ready = self._wait()
+                if (away := time.monotonic() - waited) > AWAY_SECONDS:
+                    heard += away  # the supervisor was, too
                 if self._wakeup in ready:
-                    for number in os.read(self._wakeup, 64):
-                        if number in SIGNALS:  # Python's other handlers use the pipe too
-                            self._send({"signal": signal.Signals(number).name})
+                    self._pass_on_signals()
                 if self._socket in ready:
                     received = self._socket.recv(1 << 16)
                     if not received:
@@ -187,6 +190,11 @@ class Watchdog:
     def _wait(self) -> list[Any]:
         sources: list[Any] = [self._socket, self._wakeup]
         return select.select(sources, [], [], TICK_SECONDS)[0]
+
+    def _pass_on_signals(self) -> None:
+        for number in os.read(self._wakeup, 64):
+            if number in SIGNALS:  # Python's other handlers use the pipe too
+                self._send({"signal": signal.Signals(number).name})
 
     def _send_news(self) -> None:
         with self._lock:

@@ -21,7 +21,6 @@ from launch.task import interface_of, supervisor_host
 PACKAGES = ("torch", "megatron-core", "deepspeed")
 MATRIX_SIZE = 256
 REDUCE_BYTES = 16 << 20
-REDUCE_SECONDS = 30
 
 
 def main() -> None:
@@ -108,8 +107,9 @@ def _device_problem(devices: int) -> str | None:
     return None
 
 
-def meet(rank: int, world_size: int, address: str, port: int) -> dict[str, Any]:
-    """Reduce a tensor with the other nodes: its sum, and the bandwidth of the ring algorithm."""
+def meet(rank: int, world_size: int, address: str, port: int, seconds: float) -> dict[str, Any]:
+    """Reduce a tensor with the other nodes, within ``seconds``: whether its sum is right, and the
+    bandwidth of the ring algorithm."""
     import torch
     import torch.distributed as dist
 
@@ -118,7 +118,7 @@ def meet(rank: int, world_size: int, address: str, port: int) -> dict[str, Any]:
     try:
         dist.init_process_group(
             "nccl" if on_cuda else "gloo", init_method=f"tcp://{address}:{port}", rank=rank,
-            world_size=world_size, timeout=timedelta(seconds=REDUCE_SECONDS),
+            world_size=world_size, timeout=timedelta(seconds=seconds),
         )  # fmt: skip
         values = torch.full((REDUCE_BYTES // 4,), float(rank + 1), device=device)
         dist.all_reduce(values)  # also the warm-up
@@ -128,12 +128,12 @@ def meet(rank: int, world_size: int, address: str, port: int) -> dict[str, Any]:
         dist.all_reduce(values)
         if on_cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
         dist.destroy_process_group()
     except RuntimeError as error:
         return {"meeting": str(error).splitlines()[0]}
     moved = 2 * (world_size - 1) / world_size * REDUCE_BYTES
-    return {"gigabytes_per_second": moved / seconds / 1e9}
+    return {"gigabytes_per_second": moved / elapsed / 1e9}
 
 
 def _say(line: socket.socket, message: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from launch.script import (
     Wishes,
     container_prefix,
     folders_of_run,
+    own_module_folder,
     plain,
     render,
     srun_options,
@@ -96,6 +97,7 @@ def plan_command(
 def _job(config: RunConfig, cluster: Cluster, wishes: Wishes, nodes: int, vocab_size: int) -> Job:
     slurm_dir = config.run_dir / "slurm"
     supervision = config.supervision
+    own_modules = own_module_folder(config)
     return Job(
         **_on_cluster(cluster, wishes, config.run_dir, folders_of_run(config)),
         arguments=["train", str(slurm_dir / "config.yaml")],
@@ -108,6 +110,7 @@ def _job(config: RunConfig, cluster: Cluster, wishes: Wishes, nodes: int, vocab_
         sbatch=[str(slurm_dir / "run.sbatch")],
         steps=config.train.steps,
         config_digest=digest(config.to_yaml()),
+        own_modules="" if own_modules is None else plain("model.position", own_modules),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -105,6 +106,28 @@ def _setup(cluster: Cluster, job: Job) -> list[str]:
     return [*lines, f"export PYTHONPATH={shlex.quote(job.code)}"]
 
 
+def own_module_folder(config: RunConfig) -> Path | None:
+    """Where the user's own position method is imported from, for the ranks, which start in another
+    folder; None if there is none, or it is installed.
+
+    Raises:
+        ConfigError: if its module is not to be found from here.
+    """
+    module, colon, _ = config.model.position.partition(":")
+    if not colon:
+        return None
+    name = module.partition(".")[0]
+    found = importlib.util.find_spec(name)
+    places = [*(found.submodule_search_locations or []), found.origin] if found else []
+    if not places or places[0] is None:
+        raise ConfigError(
+            f"model.position={config.model.position}: there is no module {name} here; launch from "
+            "the folder that has it, or set PYTHONPATH"
+        )
+    folder = Path(places[0]).resolve().parent
+    return None if "site-packages" in folder.parts else folder
+
+
 def srun_options(cluster: Cluster, folders: Sequence[str]) -> list[str]:
     # Slurm 22.05 and later do not hand sbatch's --cpus-per-task on: each rank would get one core.
     cpus = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
@@ -144,7 +167,13 @@ def _container_options(cluster: Cluster, folders: Sequence[str]) -> list[str]:
 def folders_of_run(config: RunConfig) -> list[str]:
     """Folders that a container must show for the run to work in it."""
     cache = [config.data.cache_path] if config.data.cache_path else []
-    return [str(config.run_dir), *(corpus.path for corpus in config.data.corpora), *cache]
+    module = own_module_folder(config)
+    return [
+        str(config.run_dir),
+        *(corpus.path for corpus in config.data.corpora),
+        *cache,
+        *([] if module is None else [str(module)]),
+    ]
 
 
 def _mounts(cluster: Cluster, folders: Sequence[str]) -> list[str]:

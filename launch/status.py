@@ -78,16 +78,36 @@ def _state(run_dir: Path, journal: Sequence[Record]) -> str:
         return said
     if (run_dir / "slurm" / CANCELLED).exists():
         return "cancelled"
-    asked = _ask(
-        "squeue", "--noheader", "--format=%i %T %N %r", f"--jobs={','.join(job_ids(journal))}"
-    )
+    return f"{said}; {_in_slurm(job_ids(journal))}"
+
+
+def _in_slurm(jobs: Sequence[str]) -> str:
+    """What Slurm says of the jobs of a run: its queue, or of past ones its accounting."""
+    asked = _ask("squeue", "--noheader", "--format=%i %T %N %r", f"--jobs={','.join(jobs)}")
     if asked is None:
-        return f"{said}; squeue is not here to ask"
+        return "squeue is not here to ask"
     queue = [" ".join(line.split()) for line in asked.splitlines()]
-    waiting = [
-        line for line in queue if any(word in line for word in ("PENDING", "RUNNING", "COMPLETING"))
-    ]
-    return f"{said}; queue: {'; '.join(waiting) or 'no job of this run'}"
+    words = ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED")
+    waiting = [line for line in queue if any(word in line for word in words)]
+    if waiting:
+        return f"queue: {'; '.join(waiting)}"
+    return f"queue: no job of this run; {_accounted(jobs)}"
+
+
+def _accounted(jobs: Sequence[str]) -> str:
+    """How the last of some jobs ended, by Slurm's accounting, which not every cluster has."""
+    asked = _ask(
+        "sacct", "-n", "-X", "-P", "--format=JobID,State,ExitCode,Reason",
+        f"--jobs={','.join(jobs)}",
+    )  # fmt: skip
+    if asked is None:
+        return "sacct is not here to ask"
+    found = [line.split("|") for line in asked.splitlines() if line.count("|") == 3]
+    if not found:
+        return "no accounting to ask (sacct has nothing on it)"
+    job, state, code, reason = found[-1]
+    why = f", {reason}" if reason not in ("", "None") else ""
+    return f"sacct: job {job} {state}, exit code {code}{why}"
 
 
 def _progress(config: RunConfig | None, metrics: Sequence[Record]) -> list[Line]:

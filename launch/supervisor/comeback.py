@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from launch.environment import environment_without_slurm
 from launch.supervisor.job import Job, write_whole
-from launch.supervisor.journal import CANCELLED
+from launch.supervisor.journal import CANCELLED, read_journal, waiting_jobs
 
 COMMAND_SECONDS = 60.0
+# sbatch, when what is left of the partition cannot hold the job.
+TOO_FEW_NODES = "node configuration is not available"
 ENDING = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+( DUE TO [A-Z ]+)? \*\*\*")
 
 
@@ -94,8 +96,8 @@ class ComeBack:
 
 def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack:
     """Have Slurm run this job again, on other nodes than ``excluded``."""
-    chain = ComeBack(True, "the next job of the chain goes on")
-    if job.is_chained and not excluded:
+    chain = chains_next(job, allocation)
+    if chain is not None and not excluded:
         return chain
     if not excluded and shutil.which("scontrol"):
         asked = _run(["scontrol", "requeue", allocation.job_id])
@@ -103,14 +105,34 @@ def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack
             return ComeBack(True, f"requeued job {allocation.job_id}", is_requeued=True)
     if shutil.which("sbatch"):
         options = [f"--exclude={','.join(excluded)}"] if excluded else []
-        return resubmit(job, *options)
-    if job.is_chained:
+        way = resubmit(job, *options)
+        if excluded and not way.works and TOO_FEW_NODES in way.message:
+            return resubmit(
+                job
+            )  # rather with the sick nodes, which may be well by then, than never
+        return way
+    if chain is not None:
         return chain
+    last = ", this was the last job of its chain," if job.is_chained else ""
     return ComeBack(
         False,
-        "cannot come back: this node has neither scontrol nor sbatch; launch the run again, with "
-        "--chain",
+        f"cannot come back:{last} this node has neither scontrol nor sbatch; launch the run again, "
+        "with --chain",
     )
+
+
+def chains_next(job: Job, allocation: Allocation) -> ComeBack | None:
+    """The job of a chain that goes on after this one; None if there is none."""
+    if not job.is_chained:
+        return None
+    waiting = waiting_jobs(read_journal(job.slurm_dir), allocation.job_id)
+    if waiting is None:
+        return ComeBack(True, "the next job of the chain goes on, if there is one left")
+    if waiting and shutil.which("squeue"):  # a user may have cancelled them
+        queue = _run(["squeue", "--noheader", "--format=%i", "--me"])
+        if queue is not None and queue.returncode == 0:
+            waiting = [job_id for job_id in waiting if job_id in queue.stdout.split()]
+    return ComeBack(True, f"job {waiting[0]} of the chain goes on") if waiting else None
 
 
 def succeed(job: Job, allocation: Allocation) -> ComeBack:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 import socket
 import statistics
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from launch.supervisor.member import Member, lost, straggler, who_lags
 
 PING_SECONDS = 2.0
 ANSWER_SECONDS = 20.0
@@ -29,33 +31,8 @@ STACKS_SECONDS = 1.0
 START_SECONDS = 600.0
 # Of the newest step times, from which a hang is told.
 STEPS_REMEMBERED = 50
-
-
-@dataclass
-class Member:
-    """What a rank has told."""
-
-    rank: int
-    host: str
-    writer: asyncio.StreamWriter
-    boundary: int = 0
-    """Boundaries it has passed."""
-    phase: str = "start"
-    moved: float = field(default_factory=time.monotonic)
-    """When it last passed a boundary or changed its phase."""
-    heard: float = field(default_factory=time.monotonic)
-    """When it last said anything."""
-    work_seconds: float | None = None
-    """Its own part of a step, without waiting for others."""
-    answer: bool | None = None
-    """To the proposal that is open."""
-    report: dict[str, Any] | None = None
-    """On its node's health."""
-    address: str = ""
-    """Where its connection came from."""
-    last_word: str | None = None
-    """``finished``, ``stopped`` or an error, said before leaving."""
-    gone: bool = False
+# Without being run for so long, this process was suspended with its job, or its node stood still.
+AWAY_SECONDS = 5.0
 
 
 class Coordinator:
@@ -75,6 +52,10 @@ class Coordinator:
         """By rank: the exit code of a rank that has ended, and when."""
         self.master_port = 0
         self._addresses: dict[int, str] = {}
+        self.absence = (0.0, -math.inf)
+        """For how long this process was not run, last, and when that was noticed: no silence in it
+        is the ranks'."""
+        self._awake = time.monotonic()
         self._opened = time.monotonic()
         self._step_seconds: list[float] = []
         self._server: asyncio.base_events.Server | None = None
@@ -84,6 +65,7 @@ class Coordinator:
     async def start(self) -> int:
         """Listen on all interfaces; returns the port."""
         self._server = await asyncio.start_server(self._serve, "0.0.0.0", 0)
+        self._awake = time.monotonic()
         self._spawn(self._ping())
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -153,8 +135,9 @@ class Coordinator:
         """Have every rank leave at once; those whose watchdog is dead do not hear it."""
         await self._tell(list(self.members.values()), {"die": why})
 
-    async def introduce(self, ranks: list[int]) -> None:
-        """Tell the health tasks of some nodes where to meet: at the first of them."""
+    async def introduce(self, ranks: list[int], seconds: float) -> None:
+        """Tell the health tasks of some nodes where to meet, at the first of them, and for how
+        long to try."""
         first, port = self.members[ranks[0]], _free_port()
         for rank, number in enumerate(ranks):
             member = self.members[number]
@@ -162,7 +145,7 @@ class Coordinator:
             if address.startswith("127."):
                 address = str(member.writer.get_extra_info("sockname")[0])
             meet = {"rank": rank, "world_size": len(ranks), "address": address, "port": port}
-            await self._tell([member], {"meet": meet})
+            await self._tell([member], {"meet": {**meet, "seconds": seconds}})
 
     async def dump_stacks(self) -> None:
         """Have every rank write where it is into its log."""
@@ -174,43 +157,44 @@ class Coordinator:
 
         Args:
             minimum_seconds: no shorter silence counts; in training also not one shorter than
-                twenty median steps, in other phases than ten times the minimum.
+                twenty median steps; once all ranks have come up, while some do other things, as
+                build the model or save, not one shorter than ten times the minimum.
         """
-        here = [member for member in self.members.values() if not member.gone]
-        moved = [member.moved for member in self.members.values()]
-        silence = time.monotonic() - max([self._opened, *moved])
+        self.look_up()
+        members = self.members.values()
+        silence = time.monotonic() - max([self._opened, *(member.moved for member in members)])
         limit = minimum_seconds
-        if not here or any(member.phase != "train" for member in here):
-            limit *= 10.0
-        elif self._step_seconds:
-            limit = max(limit, 20.0 * statistics.median(self._step_seconds))
+        if len(members) == self.expected:
+            if any(member.phase != "train" for member in members if not member.gone):
+                limit *= 10.0
+            elif self._step_seconds:
+                limit = max(limit, 20.0 * statistics.median(self._step_seconds))
         if silence < limit:
             return None
-        return f"no rank has moved for {silence:.0f} s; {self._who_lags(here)}"
+        laggards = who_lags(self.members, self.expected, 3 * PING_SECONDS)
+        return f"no rank has moved for {silence:.0f} s; {laggards}"
+
+    def lost(self) -> str | None:
+        """Which ranks have ended unasked or fallen silent without srun's noticing; None = none."""
+        self.look_up()
+        return lost(self.members, self.ends)
 
     def straggler(self) -> tuple[int, str, float] | None:
         """Rank, host and relative slowness of the rank whose own work takes longest."""
-        times = {m.rank: m.work_seconds for m in self.members.values() if m.work_seconds}
-        if len(times) < 2:
-            return None
-        rank = max(times, key=lambda rank: times[rank])
-        return rank, self.members[rank].host, times[rank] / statistics.median(times.values())
+        found = straggler(self.members.values())
+        return None if found is None else (found[0].rank, found[0].host, found[1])
 
-    def _who_lags(self, here: list[Member]) -> str:
+    def look_up(self) -> None:
+        """Do not take our own absence for the ranks' silence."""
         now = time.monotonic()
-        silent = [member for member in here if now - member.heard > 3 * PING_SECONDS]
-        missing = sorted(set(range(self.expected)) - set(self.members))
-        furthest = max((member.boundary for member in here), default=0)
-        behind = [member for member in here if member.boundary < furthest]
-        for what, ranks in (
-            ("not answering at all", [f"{m.rank} on {m.host}" for m in silent]),
-            ("never came up", [str(rank) for rank in missing]),
-            ("behind the others", [f"{m.rank} on {m.host}" for m in behind]),
-        ):
-            if ranks:
-                return f"{what}: rank {', '.join(ranks)}"
-        phases = ", ".join(sorted({member.phase for member in here}))
-        return f"all ranks are at the same boundary, in phase {phases}"
+        away, self._awake = now - self._awake, now
+        if away < AWAY_SECONDS:
+            return
+        self.absence = away, now
+        self._opened += away
+        for member in self.members.values():
+            member.moved = min(now, member.moved + away)
+            member.heard = min(now, member.heard + away)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._spawn(asyncio.current_task())
@@ -220,7 +204,7 @@ class Coordinator:
             while member is not None and (line := await reader.readline()):
                 self._take(member, json.loads(line))
         if member is not None:
-            member.gone = True
+            member.gone, member.heard = True, time.monotonic()
         writer.close()
 
     async def _greet(
@@ -293,6 +277,7 @@ class Coordinator:
         """So that a rank cut off from us notices, and leaves."""
         while True:
             await asyncio.sleep(PING_SECONDS)
+            self.look_up()
             await self._tell([m for m in self.members.values() if not m.gone], {"ping": True})
 
     @staticmethod

@@ -52,6 +52,8 @@ class Job:
     """``train.steps``."""
     alert_command: str | None = None
     mail: str | None = None
+    own_modules: str = ""
+    """Folder of the user's own modules that the config names, if there are any."""
     part: str = ""
     """Of the run, if the job is not its training: ``evaluate_2048``."""
     tells_end: bool = True

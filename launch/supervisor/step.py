@@ -19,6 +19,18 @@ TAIL_BYTES = 64 * 1024
 SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
+# What deals a node's devices out to the tasks of a step, or counts those of all its nodes.
+PER_TASK_OPTIONS = (
+    "--gpus", "--gpus-per-task", "--gpus-per-socket", "--ntasks-per-gpu", "--gpu-bind",
+    "--tres-per-task", "--tres-bind",
+)  # fmt: skip
+
+
+def whole_node_options(options: list[str]) -> list[str]:
+    """Of srun: those with which one task on a node has all its devices."""
+    return [option for option in options if option.partition("=")[0] not in PER_TASK_OPTIONS]
+
+
 def srun_command(
     job: Job, nodes: list[str], tasks_per_node: int, output: str, module: str, *arguments: str
 ) -> list[str]:
@@ -53,7 +65,9 @@ def task_environment(job: Job, port: int, token: str, nodes: list[str]) -> dict[
         **os.environ,
         **sockets,
         **job.environment,
-        "PYTHONPATH": os.pathsep.join(filter(None, [job.code, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [job.code, job.own_modules, os.environ.get("PYTHONPATH")])
+        ),
         "PYTHONUNBUFFERED": "1",
         "DISTRIBUTED_LM_SUPERVISOR_PORT": str(port),
         "DISTRIBUTED_LM_SUPERVISOR_TOKEN": token,
@@ -64,22 +78,24 @@ def task_environment(job: Job, port: int, token: str, nodes: list[str]) -> dict[
 class Step:
     """One srun and its end."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log_dir: Path, tasks: int) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, log_dir: Path, starts: list[int]
+    ) -> None:
         self._process = process
         self._log_dir = log_dir
-        self._tasks = tasks
-        self._starts = _sizes(log_dir, tasks)
+        self._starts = starts
+        """By rank, where in its log this step begins, in bytes."""
 
     @classmethod
     async def start(
         cls, command: list[str], environment: dict[str, str], log_dir: Path, tasks: int
     ) -> Step:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        starts = await asyncio.to_thread(_make_ready, log_dir, tasks)
         # A session of its own: what is sent to the batch script's group is for us alone.
         process = await asyncio.create_subprocess_exec(
             *command, env=environment, start_new_session=True
         )
-        return cls(process, log_dir, tasks)
+        return cls(process, log_dir, starts)
 
     async def wait(self) -> int:
         """Its exit code: the highest of its tasks; 128 + n for signal n."""
@@ -96,25 +112,27 @@ class Step:
                 return
 
     def why(self, code: int, ends: dict[int, tuple[int, float]], seconds: float) -> Failure:
-        """The rank whose fault the end seems to be.
+        """The rank whose fault the end seems to be. Reads all logs.
 
         Args:
-            code: srun's exit code, for ranks of which no other is known.
+            code: srun's exit code, for ranks of which no other is known; 0 = not their fault.
             ends: exit code and time of the ranks that have told.
         """
         failures = []
-        for rank in range(self._tasks):
+        for rank, start in enumerate(self._starts):
             path = self._log_dir / f"rank_{rank}.log"
             rank_code, ended_at = ends.get(rank, (code, time.time()))
             if rank_code:
-                output = _tail(path, self._starts[rank])
+                output = _tail(path, start)
                 by_signal = 128 < rank_code < 128 + signal.NSIG
                 code_or_signal = 128 - rank_code if by_signal else rank_code
                 failures.append(Failure(rank, code_or_signal, ended_at, output, path))
         return root_cause(failures or [Failure(0, code, time.time(), "", self._log_dir)])
 
 
-def _sizes(log_dir: Path, tasks: int) -> list[int]:
+def _make_ready(log_dir: Path, tasks: int) -> list[int]:
+    """Make the folder; returns the sizes of the ranks' logs in it."""
+    log_dir.mkdir(parents=True, exist_ok=True)
     paths = [log_dir / f"rank_{rank}.log" for rank in range(tasks)]
     return [path.stat().st_size if path.exists() else 0 for path in paths]
 

@@ -10,16 +10,18 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from launch.failure import report
+from launch.failure import last_words
 from launch.supervisor import alerts, health
+from launch.supervisor.clock import Clock, slowest_save
 from launch.supervisor.comeback import (
     Allocation,
     ComeBack,
+    chains_next,
     come_back,
     requeues_by_itself,
     slurms_reason,
@@ -30,17 +32,15 @@ from launch.supervisor.coordinator import Coordinator
 from launch.supervisor.job import Job
 from launch.supervisor.journal import (
     CANCELLED,
-    Journal,
+    SupervisorsJournal,
     is_finished,
     newest_step,
-    step_at_launch,
 )
+from launch.supervisor.member import EXIT_STOPPED
+from launch.supervisor.outcome import Outcome, failures_in_a_row, has_progressed, judge
 from launch.supervisor.predecessors import Unfinished, come_back_after, find_unfinished
 from launch.supervisor.step import Step, srun_command, task_environment
 
-# EX_TEMPFAIL of sysexits.h: stopped in time, saved, and to be continued.
-EXIT_STOPPED = 75
-EXIT_USER_ERROR = 2
 LOOK_SECONDS = 0.5
 # A rank that is this much slower than the median rank is named.
 STRAGGLER_RATIO = 1.3
@@ -53,40 +53,37 @@ FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to clients
 AGREEMENTS = 3
 # How long Slurm is asked again that does not answer, and how often.
 PATIENCE_SECONDS, RETRY_SECONDS = 900.0, 15.0
-# What counts how much towards max_restarts_without_progress. Being stopped is nobody's fault,
-# unless the run never gets to a checkpoint in between.
-WEIGHTS = {"crash": 1.0, "hang": 1.0, "unfit": 1.0, "stopped": 0.25}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a step of ranks ended."""
-
-    kind: str
-    """``finished``, ``stopped``, ``mistake``, ``crash`` or ``hang``."""
-    code: int
-    message: str
 
 
 class Supervisor:
-    """One per life of a job."""
+    """One per life of a job.
 
-    def __init__(self, job: Job, allocation: Allocation) -> None:
+    Its loop answers the ranks, which leave when they hear nothing for half a minute: so it must
+    not wait for the shared file system or for a command, and has threads for both.
+    """
+
+    def __init__(self, job: Job, allocation: Allocation, early_signals: Sequence[str] = ()) -> None:
+        """
+        Args:
+            early_signals: names of those that came before ``run`` listens; read only then.
+        """
         self.job = job
         self.allocation = allocation
-        self.journal = Journal(job.slurm_dir, job=allocation.job_id, restart=allocation.restart)
+        self.early_signals = early_signals
+        self.journal = SupervisorsJournal(
+            job.slurm_dir, job=allocation.job_id, restart=allocation.restart
+        )
         self.coordinator = Coordinator()
+        self.clock = Clock(job, allocation.times.get("began"))
         self.port = 0
-        self.started = time.monotonic()
         self.attempts = 0
-        self.slowest_save = 0.0
-        """Seconds, of this life."""
         self.stop_reason: str | None = None
         self.stop_asked = asyncio.Event()
         self.terminated = asyncio.Event()
         """Slurm is ending this script."""
         self.successor: ComeBack | None = None
         """The job that goes on, if it had to be submitted before the ranks had saved."""
+        self.provision: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def run(self) -> int:
@@ -102,20 +99,28 @@ class Supervisor:
 
     async def _run(self) -> int:
         nodes = list(self.allocation.nodes)
-        self.journal.write("life", f"on {', '.join(nodes)}", nodes=nodes, **self.allocation.times)
-        if self._is_over():
-            return 0
-        self.port = await self.coordinator.start()
         self._listen()
+        self.journal.write("life", f"on {', '.join(nodes)}", nodes=nodes, **self.allocation.times)
+        if await self._is_over():
+            return 0
         unfinished = await asyncio.to_thread(find_unfinished, self.job.after)
         if unfinished is not None:
             return await self._leave_to(unfinished)
+        self.clock.saved(await asyncio.to_thread(slowest_save, self._run_dir()))
+        if self.stop_asked.is_set():
+            return await self._come_back_untrained()
+        self.port = await self.coordinator.start()
+        self._keep(self._listen_to_ranks())
         nodes, sick = await self._healthy_nodes()
         if self.stop_asked.is_set():  # and the examination may be a victim of its reason
-            return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
+            return await self._come_back_untrained()
         if sick and len(nodes) < self.job.nodes and shutil.which("sbatch"):
             return await self._come_back(f"sick: {', '.join(sick)}", sick, EXIT_STOPPED)
         return await self._attempt_until_done(nodes, sick)
+
+    async def _come_back_untrained(self) -> int:
+        self.journal.write("stopped", "before the ranks were started")
+        return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
 
     async def _attempt_until_done(self, nodes: list[str], excluded: list[str]) -> int:
         while True:
@@ -133,7 +138,7 @@ class Supervisor:
                 return outcome.code
             if self.stop_asked.is_set():
                 return await self._come_back(self.stop_reason or "", [], EXIT_STOPPED)
-            if self._is_loop():
+            if await self._is_loop():
                 return outcome.code
             nodes, sick = await self._healthy_nodes()
             excluded += [node for node in sick if node not in excluded]
@@ -154,43 +159,64 @@ class Supervisor:
         began = time.monotonic()
         step = await Step.start(command, environment, job.log_dir, tasks)
         ended = asyncio.ensure_future(step.wait())
-        hang = await self._watch(step, ended)
-        code = await ended
-        return self._judge(step, code, hang, time.monotonic() - began)
+        failure = await self._watch(step, ended)
+        code, seconds = await ended, time.monotonic() - began
+        if failure is not None and not (self.coordinator.is_finished and code == 0):
+            return failure
+        events, is_asked = await self.journal.read(), self.stop_asked.is_set()
+        return await asyncio.to_thread(
+            judge, job, self.coordinator, step, code, seconds, is_asked, events
+        )
 
-    async def _watch(self, step: Step, ended: asyncio.Future[int]) -> str | None:
-        """Until the step has ended. Returns why it was taken to hang, if it was."""
+    async def _watch(self, step: Step, ended: asyncio.Future[int]) -> Outcome | None:
+        """Until the step has ended. Returns why we ended it, if we did."""
         next_look_at_speed = time.monotonic() + STRAGGLER_SECONDS
         told_to_stop = False
         while not ended.done():
             await asyncio.wait([ended], timeout=LOOK_SECONDS)
+            self.coordinator.look_up()
             self._look_at_the_clock()
             self._pass_on_alerts()
             if self.stop_asked.is_set() and not told_to_stop and not ended.done():
                 told_to_stop = True
                 await self._stop_ranks(step)
+            if ended.done():
+                break
             hang = self.coordinator.hang(self.job.hang_timeout_seconds)
-            if hang is not None and not ended.done():
+            if hang is not None:
                 await self.coordinator.dump_stacks()
-                await self.coordinator.end_ranks("taken to hang")
-                await step.end()
-                return hang
+                await self._end(step, "taken to hang")
+                return Outcome("hang", 1, hang)
+            lost = self.coordinator.lost()
+            if lost is not None:
+                message = await self._last_words(step, lost)
+                await self._end(step, lost)
+                return Outcome("crash", 1, message)
             if time.monotonic() > next_look_at_speed:
                 next_look_at_speed += STRAGGLER_SECONDS
                 self._name_straggler()
         return None
 
+    async def _end(self, step: Step, why: str) -> None:
+        await self.coordinator.end_ranks(why)
+        await step.end()
+
+    async def _last_words(self, step: Step, lost: str) -> str:
+        """Of the rank that ended first, if one has said that it did."""
+        ends = dict(self.coordinator.ends)  # before the others follow it
+        if not any(code for code, _ in ends.values()):
+            return lost
+        failure = await asyncio.to_thread(step.why, 0, ends, 0.0)
+        return "\n".join([*last_words(failure.output), lost])
+
     async def _stop_ranks(self, step: Step) -> None:
         reason = self.stop_reason or ""
         self.journal.write("stopping", reason)
-        if reason.startswith("SIGTERM"):
-            await self._provide_for_the_end()
         for _ in range(AGREEMENTS):
             if await self.coordinator.agree_to_stop(reason):
                 return
         self.journal.write("note", "not every rank answers: ending them as they are")
-        await self.coordinator.end_ranks("asked to stop, and some rank does not answer")
-        await step.end()
+        await self._end(step, "asked to stop, and some rank does not answer")
 
     async def _provide_for_the_end(self) -> None:
         """Slurm ends the job, perhaps before the ranks have saved: what goes on must be in the
@@ -198,7 +224,9 @@ class Supervisor:
         await asyncio.sleep(NOTICE_SECONDS)  # until slurmstepd has said why
         job, allocation = self.job, self.allocation
         cause = await asyncio.to_thread(slurms_reason, job, allocation)
-        if cause not in ("preemption", "time limit") or job.is_chained:
+        if cause not in ("preemption", "time limit"):
+            return
+        if await asyncio.to_thread(chains_next, job, allocation) is not None:
             return
         if cause == "preemption" and await asyncio.to_thread(requeues_by_itself, job, allocation):
             return
@@ -206,33 +234,15 @@ class Supervisor:
         if self.successor.works:
             self.journal.write("submitted", self.successor.message, jobs=[self.successor.job])
 
-    def _judge(self, step: Step, code: int, hang: str | None, seconds: float) -> Outcome:
-        said = self.coordinator
-        if code == 0 and (said.is_finished or not self.job.tells_end):
-            what = "" if self.job.part else f"step {self.job.steps} "
-            return Outcome("finished", 0, f"{what}after {seconds:.0f} s")
-        if hang is not None:
-            return Outcome("hang", 1, hang)
-        if said.is_stopped:
-            return Outcome("stopped", code, f"saved step {newest_step(self._run_dir())}")
-        if self.stop_asked.is_set():
-            return Outcome("stopped", code, "without saving: the ranks ended before they agreed")
-        if code == 0:  # srun lost its tasks without a word
-            return Outcome("crash", 1, "the ranks ended without finishing the run")
-        failure = step.why(code, said.ends, seconds)
-        message, code = report([failure], self.coordinator.expected, seconds)
-        # Of a run that has worked since its launch, it is a mount that went away or the like.
-        has_worked = newest_step(self._run_dir()) > step_at_launch(self.journal.read())
-        is_mistake = failure.return_code == EXIT_USER_ERROR and not has_worked
-        return Outcome("mistake" if is_mistake else "crash", code, message)
-
     async def _come_back(self, reason: str, excluded: list[str], code: int) -> int:
         job, allocation = self.job, self.allocation
+        if self.provision is not None:
+            await asyncio.wait([self.provision])
         if await asyncio.to_thread(was_cancelled, job, allocation):
             return await self._leave(
                 ComeBack(False, "cancelled by its user: not coming back"), code
             )
-        if self._is_loop():
+        if await self._is_loop():
             return code
         cause = await asyncio.to_thread(slurms_reason, job, allocation)
         if self.successor is not None and self.successor.works:
@@ -271,28 +281,24 @@ class Supervisor:
                 await asyncio.wait_for(self.terminated.wait(), REQUEUE_SECONDS)
         return code
 
-    def _is_over(self) -> bool:
+    async def _is_over(self) -> bool:
         """Whether there is nothing to do any more: the chain's next job finds out here."""
-        if is_finished(self.journal.read()):
+        if is_finished(await self.journal.read()):
             self.journal.write("leave", "the run is finished")
             return True
-        if was_cancelled(self.job, self.allocation):
+        if await asyncio.to_thread(was_cancelled, self.job, self.allocation):
             self.journal.write("leave", "the run was cancelled")
             return True
-        return self._is_loop()
+        return await self._is_loop()
 
-    def _is_loop(self) -> bool:
+    async def _is_loop(self) -> bool:
         """Whether too many attempts in a row have ended without a new checkpoint."""
-        events = self.journal.read()
-        step, count = newest_step(self._run_dir()), 0.0
-        for event in reversed(events):
-            if event["event"] in ("progress", "launch"):
-                break
-            count += WEIGHTS.get(event["event"], 0.0)
-        if step > max((event.get("progress", 0) for event in events), default=0):
-            self.journal.write("progress", f"checkpoint of step {step}", progress=step)
+        events = await self.journal.read()
+        saved = await asyncio.to_thread(newest_step, self._run_dir())
+        if has_progressed(events, saved):
+            self.journal.write("progress", f"checkpoint of step {saved}", progress=saved)
             return False
-        limit = self.job.max_restarts_without_progress
+        count, limit = failures_in_a_row(events), self.job.max_restarts_without_progress
         if count <= limit:
             return False
         message = (
@@ -300,7 +306,7 @@ class Supervisor:
             f"launched again (max_restarts_without_progress={limit})"
         )
         self.journal.write("loop", message)
-        alerts.send(self.job, "loop", message)
+        await asyncio.to_thread(alerts.send, self.job, "loop", message)
         return True
 
     async def _healthy_nodes(self) -> tuple[list[str], list[str]]:
@@ -338,7 +344,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
-        self._tasks.add(asyncio.ensure_future(self._listen_to_ranks()))
+        loop.add_signal_handler(signal.SIGCONT, self._on_continue)
+        for name in self.early_signals:
+            self._on_signal(name)
 
     async def _listen_to_ranks(self) -> None:
         """Slurm can be told to warn the ranks and not us. But SIGTERM is also what srun ends the
@@ -355,6 +363,9 @@ class Supervisor:
         """Signals come twice and from all sides; the first one counts."""
         if name == "SIGTERM":
             self.terminated.set()
+        # Also of ranks that have been asked to stop: their time is up before they are done.
+        if name.startswith("SIGTERM") and self.provision is None:
+            self.provision = asyncio.ensure_future(self._provide_for_the_end())
         self._ask_to_stop(name)
 
     def _ask_to_stop(self, reason: str) -> None:
@@ -362,15 +373,22 @@ class Supervisor:
             self.stop_reason = reason
             self.stop_asked.set()
 
+    def _on_continue(self) -> None:
+        """After a suspension, and before SIGTERM."""
+        self.coordinator.look_up()
+        away, noticed = self.coordinator.absence
+        if away and time.monotonic() - noticed < LOOK_SECONDS:
+            self.coordinator.absence = (0.0, noticed)  # the signal comes twice
+            self.clock.suspended(away)
+            self.journal.write("note", f"the job was suspended for {away:.0f} s")
+
     def _look_at_the_clock(self) -> None:
         """Stop in time by ourselves: Slurm looks at time limits, and warns, once in 30 s only."""
-        if self.job.time_seconds is None:
-            return
-        newest = float(self.coordinator.notes.get("save_seconds", 0.0))
-        self.slowest_save = max(self.slowest_save, newest)
-        lead = max(self.job.lead_seconds, 3.0 * self.slowest_save + 30.0)
-        left = self.job.time_seconds - (time.monotonic() - self.started)
-        if left < lead:
+        if time.monotonic() - self.coordinator.absence[1] < LOOK_SECONDS:
+            return  # SIGCONT may not have reached us yet
+        self.clock.saved(float(self.coordinator.notes.get("save_seconds", 0.0)))
+        left = self.clock.last_call()
+        if left is not None:
             self._ask_to_stop(f"the allocation ends in {left:.0f} s")
 
     def _pass_on_alerts(self) -> None:
@@ -381,8 +399,11 @@ class Supervisor:
             self._send_alert(kind, message)
 
     def _send_alert(self, kind: str, message: str) -> None:
-        sending = asyncio.to_thread(alerts.send, self.job, kind, message)
-        self._tasks.add(task := asyncio.ensure_future(sending))
+        self._keep(asyncio.to_thread(alerts.send, self.job, kind, message))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task that nobody waits for; from being collected while it runs."""
+        self._tasks.add(task := asyncio.ensure_future(work))
         task.add_done_callback(self._tasks.discard)
 
     def _name_straggler(self) -> None:

@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 
 from launch.supervisor import coordinator as coordinating
+from launch.supervisor import member as judging
 from launch.supervisor.coordinator import Coordinator
 
 # One rank: counts boundaries at its own pace, as far as the others let it, who must all be there.
 RANK = """
 import sys, time
+from distributed_lm import supervision as module
 from distributed_lm.supervision import supervision
 
-address, rank, world_size, pace, folder = sys.argv[1:]
+address, rank, world_size, pace, folder = sys.argv[1:6]
+if len(sys.argv) > 6:
+    module.CUT_OFF_SECONDS, module.AWAY_SECONDS = 2.0, 1.0
 line = supervision(address, int(rank))
 if pace == "never":
     time.sleep(60)
@@ -50,9 +54,9 @@ class Ranks:
         self.folder = folder
         self.processes: list[asyncio.subprocess.Process] = []
 
-    async def start(self, *paces: str) -> None:
+    async def start(self, *paces: str, more: tuple[str, ...] = ()) -> None:
         for rank, pace in enumerate(paces):
-            arguments = [self.address, str(rank), str(len(paces)), pace, str(self.folder)]
+            arguments = [self.address, str(rank), str(len(paces)), pace, str(self.folder), *more]
             self.processes.append(
                 await asyncio.create_subprocess_exec(
                     sys.executable, "-c", RANK, *arguments, stdout=-1, stderr=-1
@@ -169,6 +173,111 @@ def test_hang_names_the_rank_behind_and_dumps_stacks(
         assert [process.returncode for process in ranks.processes] == [76, 76, -9]
 
     watched(tmp_path, script)
+
+
+def test_rank_that_never_comes_up_is_waited_for_no_longer_than_for_a_step(tmp_path: Path) -> None:
+    """The others wait for it in their start, which is given ten times as long."""
+
+    async def script(ranks: Ranks) -> None:
+        await ranks.start("never", "never")
+        assert ranks.coordinator.hang(1.0) is None
+        await asyncio.sleep(1.2)
+        hang = ranks.coordinator.hang(1.0)
+        assert hang is not None
+        assert hang.endswith("never came up: rank 2")
+        ranks.coordinator.expected = 2
+        assert ranks.coordinator.hang(1.0) is None
+
+    watched(tmp_path, script)
+
+
+def test_rank_whose_line_is_cut_is_lost_after_a_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "GRACE_SECONDS", 0.5)
+
+    async def script(ranks: Ranks) -> None:
+        await ranks.start("0.01", "0.01", "0.01")
+        ranks.processes[2].kill()
+        await ranks.reach(lambda: ranks.coordinator.members[2].gone)
+        assert ranks.coordinator.lost() is None
+        await ranks.reach(lambda: ranks.coordinator.lost() is not None, 2.0)
+        lost = ranks.coordinator.lost()
+        assert lost is not None
+        assert lost.startswith(f"rank 2 on {socket.gethostname()} hung up ")
+        assert ";" not in lost
+
+    watched(tmp_path, script)
+
+
+def test_silent_rank_is_lost_and_one_that_was_stopped_as_agreed_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinating, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(judging, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(judging, "SILENT_SECONDS", 1.5)
+
+    async def script(ranks: Ranks) -> None:
+        await ranks.start("0.01", "0.01", "0.01")
+        await ranks.reach(lambda: ranks.coordinator.members[0].boundary > 3)
+        assert await ranks.coordinator.agree_to_stop("test")
+        await ranks.outputs()
+        await asyncio.sleep(0.5)
+        assert ranks.coordinator.lost() is None
+        ranks.coordinator.open(1, 1)
+        ranks.processes.clear()
+        ranks.address = f"{ranks.address.rpartition(':')[0]}:{ranks.coordinator.token}"
+        await ranks.start("5")
+        ranks.processes[0].send_signal(signal.SIGSTOP)
+        await ranks.reach(lambda: ranks.coordinator.lost() is not None, 5.0)
+        assert "has not been heard for " in str(ranks.coordinator.lost())
+
+    watched(tmp_path, script)
+
+
+@pytest.mark.parametrize(("code", "is_lost"), [(1, True), (137, True), (75, False), (0, False)])
+def test_rank_whose_end_was_told(
+    code: int, is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "GRACE_SECONDS", 0.2)
+
+    async def script(ranks: Ranks) -> None:
+        host, port, token = ranks.address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write((json.dumps({"token": token, "rank": 1, "ended": code}) + "\n").encode())
+        await ranks.reach(lambda: ranks.coordinator.ends)
+        assert ranks.coordinator.lost() is None
+        await asyncio.sleep(0.4)
+        assert (ranks.coordinator.lost() is not None) is is_lost
+        writer.close()
+
+    watched(tmp_path, script)
+
+
+def test_suspended_job_is_neither_cut_off_nor_taken_to_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it stands still: the ranks, and the supervisor that would have pinged them."""
+    monkeypatch.setattr(coordinating, "PING_SECONDS", 0.5)
+    monkeypatch.setattr(coordinating, "AWAY_SECONDS", 1.0)
+
+    async def script(ranks: Ranks) -> None:
+        coordinator = ranks.coordinator
+        await ranks.start("0.01", "0.01", more=("impatient",))
+        await ranks.reach(lambda: coordinator.members[0].boundary > 3)
+        for process in ranks.processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        for process in ranks.processes:
+            process.send_signal(signal.SIGCONT)
+        assert coordinator.hang(3.0) is None
+        assert coordinator.absence[0] == pytest.approx(4.0, abs=1.0)
+        before = coordinator.members[0].boundary
+        await ranks.reach(lambda: coordinator.members[0].boundary > before + 3)
+        assert await coordinator.agree_to_stop("test")
+        await ranks.outputs()
+
+    watched(tmp_path, script, expected=2)
 
 
 def test_straggler_is_named(tmp_path: Path) -> None:

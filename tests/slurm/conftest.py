@@ -8,7 +8,7 @@ import pytest
 from tests.support.ranks import run_distributed
 from tests.support.runs import Runs, losses, train_run
 from tests.support.slurm_cluster import SlurmCluster, unavailable
-from tests.support.slurm_jobs import LENGTH
+from tests.support.slurm_jobs import LENGTH, Jobs, leave_nothing_behind, own_cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +20,7 @@ def _clusters_can_run() -> None:
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[SlurmCluster]:
     """Two nodes. A test that breaks one mends it, or uses a cluster of its own."""
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         yield cluster
 
 
@@ -31,3 +31,10 @@ def expected(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     config = runs.config("smoke", *LENGTH)
     run_distributed(train_run, 2, config)
     return losses(runs.records(config))
+
+
+@pytest.fixture
+def jobs(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> Iterator[Jobs]:
+    """Runs on the module's cluster."""
+    yield Jobs(slurm, demo_data, tmp_path)
+    leave_nothing_behind(slurm)

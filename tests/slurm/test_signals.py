@@ -4,26 +4,17 @@ step, and where the nodes have no commands of Slurm's."""
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_cluster import SlurmCluster
-from tests.support.slurm_jobs import Job, Jobs
+from tests.support.slurm_jobs import Job, Jobs, own_cluster
 
 # Half a minute of evaluation after step 20 of 22.
 LONG_EVALUATION = (
     "evaluation.every=20", "train.steps=22", "schedule.total_steps=50",
     "evaluation.max_tokens=600000", "evaluation.tokens_per_batch=2048",
 )  # fmt: skip
-
-
-@pytest.fixture
-def jobs(slurm: SlurmCluster, demo_data: Path, tmp_path: Path) -> Iterator[Jobs]:
-    yield Jobs(slurm, demo_data, tmp_path)
-    slurm.run(["scancel", "--me"])
-    slurm.wait_until(lambda: not slurm.run(["squeue", "-h"]).stdout or None, 60, "empty queue")
 
 
 def warn_and_finish(jobs: Jobs, job: Job) -> None:
@@ -67,7 +58,7 @@ def test_chain_goes_on_where_nodes_have_no_commands(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     """Nor do the nodes' names resolve, and this Slurm cannot tell the nodes' own interfaces."""
-    with SlurmCluster(client_commands_on_nodes=False, names="none") as cluster:
+    with own_cluster(client_commands_on_nodes=False, names="none") as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch(
             "chained", options=("--chain", "2"), commands_on_nodes=False
         )
@@ -87,7 +78,7 @@ def test_chain_goes_on_where_nodes_have_no_commands(
 def test_names_that_lead_nowhere(
     names: str, demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster(nodes=("alpha7", "gpu-b-02"), names=names) as cluster:
+    with own_cluster(nodes=("alpha7", "gpu-b-02"), names=names) as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("nameless")
         job.finish()
         assert job.losses() == expected
@@ -109,7 +100,7 @@ def test_cancelled_while_the_nodes_are_examined(jobs: Jobs) -> None:
 def test_controller_away_when_the_run_wants_to_come_back(
     demo_data: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    with SlurmCluster() as cluster:
+    with own_cluster() as cluster:
         job = Jobs(cluster, demo_data, tmp_path).launch("patient")
         job.reach(12)
         cluster.stop_controller()

@@ -1,10 +1,11 @@
 """Runs of ``configs/runs/smoke.yaml`` as jobs of a test cluster, as ``python -m launch slurm`` has
 them."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,25 @@ def ranks_on(cluster: SlurmCluster, node: str) -> list[int]:
 def send(pid: int, number: int) -> None:
     """A signal to a process of a node: its id is the machine's."""
     os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def own_cluster(**options: Any) -> Iterator[SlurmCluster]:
+    """A cluster for one scenario, which must leave nothing behind on it."""
+    with SlurmCluster(**options) as cluster:
+        yield cluster
+        leave_nothing_behind(cluster)
+
+
+def leave_nothing_behind(cluster: SlurmCluster) -> None:
+    """Empty the queue, after which no process of a run may be left on any node."""
+    cluster.run(["scancel", "--me"])
+    cluster.wait_until(lambda: not cluster.run(["squeue", "-h"]).stdout or None, 60, "empty queue")
+
+    def left() -> list[tuple[int, str]]:
+        return [found for node in cluster.settings.nodes for found in cluster.processes(node)]
+
+    # A job is over for Slurm a moment before its last process is.
+    with contextlib.suppress(SlurmError):
+        cluster.wait_until(lambda: not left() or None, 5, "no process on a node")
+    assert not left(), "processes outlive their job"

@@ -163,6 +163,10 @@ class SlurmCluster:
         """Pid (this machine's) and command line of what runs on a node beside Slurm."""
         return hosts.user_processes(self.base, node)
 
+    def step_daemons(self, node: str) -> list[int]:
+        """Pids (this machine's) of Slurm's own processes that look after tasks on a node."""
+        return hosts.step_daemons(self.base, node)
+
     def power_off(self, node: str) -> None:
         """Pull the plug: slurmd and all processes die at once.
 

@@ -165,6 +165,25 @@ def power_off(base: Path, host: str) -> None:
 
 def user_processes(base: Path, node: str) -> list[tuple[int, str]]:
     """Pid on this machine and command line of what runs on a node beside Slurm."""
+    found = []
+    for pid, name in _processes(base, node):
+        if name in ("slurmd", "slurmstepd"):
+            continue
+        with contextlib.suppress(OSError):  # it has just ended
+            content = Path(f"/proc/{pid}/cmdline").read_bytes()
+            command = content.replace(b"\0", b" ").decode().strip()
+            if command:  # a zombie has none
+                found.append((pid, command))
+    return found
+
+
+def step_daemons(base: Path, node: str) -> list[int]:
+    """Pids on this machine of the slurmstepds of a node."""
+    return [pid for pid, name in _processes(base, node) if name == "slurmstepd"]
+
+
+def _processes(base: Path, node: str) -> list[tuple[int, str]]:
+    """Pid on this machine and program of what runs on a node beside its first process."""
     first = first_process(base, node)
     if first is None:
         return []
@@ -172,15 +191,9 @@ def user_processes(base: Path, node: str) -> list[tuple[int, str]]:
     found = []
     for pid in _pids():
         process = Path(f"/proc/{pid}")
-        try:
-            is_daemon = (process / "comm").read_text().strip() in ("slurmd", "slurmstepd")
-            if pid == first or is_daemon or os.readlink(process / "ns/pid") != namespace:
-                continue
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:  # it has just ended
-            continue
-        if command:  # a zombie has none
-            found.append((pid, command))
+        with contextlib.suppress(OSError):  # it has just ended
+            if pid != first and os.readlink(process / "ns/pid") == namespace:
+                found.append((pid, (process / "comm").read_text().strip()))
     return found
 
 

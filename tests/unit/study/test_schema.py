@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import yaml
-from launch.graph import load_graph
 
 from distributed_lm.config import load_config
 from distributed_lm.errors import ConfigError
@@ -14,6 +13,7 @@ from distributed_lm.study.choice import Choice, Tuned, best_rate
 from distributed_lm.study.runs import speed_runs, training_run, training_runs, tuning_runs
 from distributed_lm.study.schema import Study, load_study
 from distributed_lm.study.slurm import write_stages
+from launch.graph import load_graph
 from tests.support.studies import IN_ITS_TIME, LONG, SHORT, claim, tiny_study, write_study
 
 SHIPPED = sorted(Path("configs/studies").glob("*.yaml"))
