@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass, field
 
 from launch.environment import environment_without_slurm
+from launch.queue import queued
 from launch.supervisor.job import Job, write_whole
 from launch.supervisor.journal import CANCELLED, read_journal, waiting_jobs
 
@@ -107,9 +108,7 @@ def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack
         options = [f"--exclude={','.join(excluded)}"] if excluded else []
         way = resubmit(job, *options)
         if excluded and not way.works and TOO_FEW_NODES in way.message:
-            return resubmit(
-                job
-            )  # rather with the sick nodes, which may be well by then, than never
+            return resubmit(job)  # with the sick nodes, which may be well by then
         return way
     if chain is not None:
         return chain
@@ -128,10 +127,9 @@ def chains_next(job: Job, allocation: Allocation) -> ComeBack | None:
     waiting = waiting_jobs(read_journal(job.slurm_dir), allocation.job_id)
     if waiting is None:
         return ComeBack(True, "the next job of the chain goes on, if there is one left")
-    if waiting and shutil.which("squeue"):  # a user may have cancelled them
-        queue = _run(["squeue", "--noheader", "--format=%i", "--me"])
-        if queue is not None and queue.returncode == 0:
-            waiting = [job_id for job_id in waiting if job_id in queue.stdout.split()]
+    found = queued(waiting)
+    if found is not None:  # a user may have cancelled some
+        waiting = [job_id for job_id in waiting if any(one.is_one_of([job_id]) for one in found)]
     return ComeBack(True, f"job {waiting[0]} of the chain goes on") if waiting else None
 
 

@@ -154,10 +154,12 @@ class TestChain:
         Journal(chained.slurm_dir, job="7").record("submitted", jobs=["7", "8", "9"])
         for life in ("7", "8", "9")[: int(job_id) - 6]:
             Journal(chained.slurm_dir, job=life).record("life")
-        way = come_back(chained, Allocation(job_id, 0, ("node1",)), [])
+        way = come_back(chained, Allocation(job_id, int(job_id), 0, ("node1",)), [])
         assert way.works is works
         assert words in way.message
-        assert (comeback.chains_next(chained, Allocation(job_id, 0, ())) is None) is not works
+        assert (
+            comeback.chains_next(chained, Allocation(job_id, int(job_id), 0, ())) is None
+        ) is not works
 
 
 class TestLead:
