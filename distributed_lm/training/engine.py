@@ -158,14 +158,20 @@ class TrainingEngine:
             raise NonFiniteError(f"loss={loss:.4f} but grad_norm={grad_norm}")
         return StepResult(loss, grad_norm, is_finite and not self.optimizer.skip_update)
 
-    def evaluate(self, microbatches: list[Microbatch], on_losses: Callable[[Tensor], None]) -> None:
-        """Forward without gradients; ``on_losses`` as of ``run_schedule``."""
+    def evaluate(
+        self,
+        microbatches: list[Microbatch],
+        on_losses: Callable[[Tensor], None] | None = None,
+    ) -> tuple[float, float]:
+        """Forward without gradients; arguments and return as of ``run_schedule``."""
         self.deepspeed.eval()
         with torch.no_grad(), explain_out_of_memory("evaluation"):
-            run_schedule(
+            totals = run_schedule(
                 self.handles, microbatches, self.groups, forward_only=True, on_losses=on_losses
             )
         self.deepspeed.train()
+        loss_sum, tokens = totals.tolist()
+        return loss_sum, tokens
 
     def _ranks_with_non_finite(self, local_losses: list[Tensor]) -> str:
         """Names the ranks whose own microbatches went wrong. Collective."""
