@@ -42,6 +42,15 @@ def choose_class(model: ModelConfig) -> Choice:
     Raises:
         ConfigError: if nothing does.
     """
+    for field, is_usual in (
+        ("model.adaptive", model.adaptive is None),
+        ("model.final_norm=false", model.final_norm),
+    ):
+        if not is_usual:
+            raise ConfigError(
+                f"{field}: no transformers class computes it, and neither does {MODELING_FILE}; "
+                "this model cannot be exported"
+            )
     family = {
         "alibi": "mpt",
         "rotary": "llama" if model.activation == "swiglu" else "gpt_neox",

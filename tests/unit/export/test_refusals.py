@@ -154,3 +154,15 @@ def test_shards_are_what_they_would_be_whole(tmp_path: Path) -> None:
     assert list(folder) == sorted(tensors)
     for name, tensor in tensors.items():
         assert torch.equal(folder.read(name), tensor)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("model.adaptive", {"adaptive": {"cutoffs": [20]}}),
+        ("model.final_norm=false", {"final_norm": False}),
+    ],
+)
+def test_what_no_class_has_is_refused(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: no transformers class computes it"):
+        choose_class(ModelConfig(**{**BASE, **values}))
