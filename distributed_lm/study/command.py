@@ -24,6 +24,7 @@ from distributed_lm.study.report.writer import write_report
 from distributed_lm.study.runs import speed_runs, training_runs, tuning_runs
 from distributed_lm.study.schema import Study, load_study
 from distributed_lm.study.slurm import write_stages
+from distributed_lm.tracking.report import send_report
 
 GPU = Path("/dev/nvidia0")
 
@@ -109,11 +110,13 @@ def _arms(run_dirs: Sequence[Path]) -> dict[str, dict[int, RunConfig]]:
 
 
 def _write(content: Content, runs: RunSet, folder: Path, console: Console) -> None:
-    write_report(content, runs, folder)
+    media = write_report(content, runs, folder)
     if content.claims is not None:
         for row in content.claims.rows:
             console.print(f"  {row[-1]:<16} {row[0]} ({row[4]})", markup=False)
     console.print(f"report: {folder}/report.html, {folder}/report.md")
+    config = runs.any_config(runs.arms[0]).model_copy(update={"name": content.title})
+    send_report(config, folder, media, console.print)
 
 
 def _prepare(study: Study, workshop: Workshop, console: Console) -> None:

@@ -75,6 +75,22 @@ class WandbRun:
                 self._run.config.update(described, allow_val_change=True)
         return points.sent - before
 
+    def send_media(self, media: Mapping[str, Path]) -> None:
+        """Log pictures (PNG) and pages (HTML) by name.
+
+        Raises:
+            WandbError: if the client fails.
+        """
+        with _naming_failures("log"):
+            import wandb
+
+            self._run.log(
+                {
+                    name: wandb.Image(str(path)) if path.suffix == ".png" else wandb.Html(str(path))
+                    for name, path in media.items()
+                }
+            )
+
     def count_stored(self) -> int:
         """How many points W&B's server has.
 

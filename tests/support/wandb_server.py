@@ -56,6 +56,8 @@ class WandbServer:
         self.runs: dict[str, StoredRun] = {}
         self.paths: list[str] = []
         """Of all requests but telemetry, the refused ones too."""
+        self.uploads: dict[str, bytes] = {}
+        """Files of runs by name."""
         self.fault: Callable[[str], Fault] = lambda path: None
         """Decides by a request's path, ``/graphql`` or ``/files/.../file_stream``."""
         self.released = threading.Event()
@@ -107,7 +109,10 @@ class WandbServer:
                 bucket = {**_described(variables["name"], run), "project": project}
                 return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
             case "CreateRunFiles":
-                files = [{"name": n, "uploadUrl": f"{self.url}/upload"} for n in variables["files"]]
+                files = [
+                    {"name": name, "uploadUrl": f"{self.url}/upload/{name}"}
+                    for name in variables["files"]
+                ]
                 return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
             case _:
                 described = run and _described(variables["name"], run)
@@ -205,6 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
             return {"data": standin.graphql(name, request.get("variables") or {})}
         if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             standin.file_stream(standin.runs[found.group(1)], json.loads(body))
+        elif self.path.startswith("/upload/"):
+            standin.uploads[self.path.removeprefix("/upload/")] = body
         return {}
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:

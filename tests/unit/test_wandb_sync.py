@@ -1,5 +1,6 @@
 """Every point of a run is at W&B once, whatever happens: the real client against a stand-in."""
 
+import base64
 import os
 import signal
 import subprocess
@@ -19,8 +20,14 @@ from distributed_lm.run_lock import LOCK_FILE
 from distributed_lm.tracking import open_tracker, sync, wandb_run
 from distributed_lm.tracking.metrics_file import MetricsFile
 from distributed_lm.tracking.points import Points
+from distributed_lm.tracking.report import send_report
 from distributed_lm.tracking.wandb_run import WandbError
 from tests.support.wandb_server import KEY, StoredRun, WandbServer, wandb_server
+
+# One grey pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -496,3 +503,40 @@ class TestPoints:
         points = Points(run.path)
         points.read()
         assert points.last_step == 8
+
+
+class TestReport:
+    def media(self, folder: Path) -> dict[str, Path]:
+        page, picture = folder / "claims.html", folder / "curve.png"
+        page.write_text("<p>a claim</p>")
+        picture.write_bytes(PNG)
+        return {"tables/claims": page, "plots/curve": picture}
+
+    def send(self, folder: Path, wandb_mode: str) -> list[str]:
+        said: list[str] = []
+        config = load_config("configs/runs/smoke.yaml", [f"tracking.wandb={wandb_mode}"])
+        send_report(config, folder, self.media(folder), said.append)
+        return said
+
+    def test_pages_and_pictures_arrive(self, tmp_path: Path, server: WandbServer) -> None:
+        assert self.send(tmp_path, "online")[-1].startswith("W&B: http")
+        kinds = {name: content for name, content in server.uploads.items() if "media" in name}
+        assert sorted(Path(name).suffix for name in kinds) == [".html", ".png"]
+        assert PNG in kinds.values()
+        assert any(b"a claim" in content for content in kinds.values())
+        assert {"tables/claims", "plots/curve"} <= set(server.run.history[-1])
+        assert server.run.exit_codes == [0]
+
+    def test_again_is_the_same_wandb_run(self, tmp_path: Path, server: WandbServer) -> None:
+        self.send(tmp_path, "online")
+        wandb.teardown()
+        self.send(tmp_path, "online")
+        assert len(server.runs) == 1
+
+    def test_trouble_is_said_and_no_more(
+        self, tmp_path: Path, server: WandbServer, impatient: None
+    ) -> None:
+        server.fault = lambda path: 403
+        [said] = self.send(tmp_path, "online")
+        assert said.startswith("W&B: the report was not sent: ")
+        assert self.send(tmp_path, "disabled") == []

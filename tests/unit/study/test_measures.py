@@ -167,8 +167,12 @@ def test_time_ratio_and_halting(study: Study) -> None:
 
 def test_infinite_losses_do_not_stop_a_report(study: Study, tmp_path: Path) -> None:
     content = study_content(study)
-    figures = write_report(content, Measures(study), tmp_path / "report")
-    assert {figure.name for figure in figures} == {"extrapolation", "by_position", "training"}
+    media = write_report(content, Measures(study), tmp_path / "report")
+    assert {name for name in media if name.startswith("plots/")} == {
+        "plots/extrapolation", "plots/by_position", "plots/training",
+    }  # fmt: skip
+    assert {"tables/claims", "tables/extrapolation", "report"} <= set(media)
+    assert all(path.stat().st_size > 500 for path in media.values())
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| worse by more than 1 | difference > 1 | 8.92 against 8.83 |" in text
     assert "✗ does not hold" in text
