@@ -113,8 +113,8 @@ class RunSet:
             self._curves[key] = TrainingCurve.read(self.config(arm, seed).run_dir)
         return self._curves[key]
 
-    def results(self, arm: str, seed: int) -> list[Result]:
-        """All evaluations of the run's last step."""
+    def results(self, arm: str, seed: int, protocol: str | None = None) -> list[Result]:
+        """Evaluations of the run's last step, with one protocol or all."""
         key = (arm, seed)
         if key not in self._results:
             config = self.config(arm, seed)
@@ -123,7 +123,7 @@ class RunSet:
                 for result in read_results(config.run_dir)
                 if result.step == config.train.steps
             ]
-        return self._results[key]
+        return [one for one in self._results[key] if protocol in (None, one.protocol)]
 
     def result(
         self, arm: str, seed: int, length: int, protocol: str = "nonoverlapping"
