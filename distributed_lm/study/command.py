@@ -103,10 +103,15 @@ def _arms(run_dirs: Sequence[Path]) -> dict[str, dict[int, RunConfig]]:
     for run_dir in run_dirs:
         config = load_run_config(run_dir)
         name = f"{config.model.position}-{config.data.sequence_length}"
-        if config.seed in arms.get(name, {}):
-            name = config.name
+        if name in arms and not _differ_in_seed_only(config, next(iter(arms[name].values()))):
+            name = config.name.removesuffix(f"-seed{config.seed}")
         arms.setdefault(name, {})[config.seed] = config
     return arms
+
+
+def _differ_in_seed_only(one: RunConfig, other: RunConfig) -> bool:
+    alike = {"seed": other.seed, "name": other.name, "output_dir": other.output_dir}
+    return one.seed != other.seed and one.model_copy(update=alike) == other
 
 
 def _write(content: Content, runs: RunSet, folder: Path, console: Console) -> None:
