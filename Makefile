@@ -13,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 DEMO_DATA := data/sotu-bytes
 
-.PHONY: install demo test check lock clean slurm-packages
+.PHONY: install demo test check lock clean system-packages
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -40,20 +40,22 @@ $(DEMO_DATA): | $(INSTALLED)
 demo: $(INSTALLED) $(DEMO_DATA)
 	$(BIN)/python -m distributed_lm demo
 
-# The tests run a Slurm of their own; without its packages, and root, those tests are skipped.
-SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+# The tests run a Slurm of their own and look at reports in a browser; without these packages, and
+# root to install them, those tests are skipped.
+SYSTEM_COMMANDS := slurmctld slurmd sbatch munged ip chromium
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 chromium
 
-slurm-packages:
-	@for command in slurmctld slurmd sbatch munged ip; do \
+system-packages:
+	@for command in $(SYSTEM_COMMANDS); do \
 	    command -v $$command >/dev/null && continue; \
 	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	        echo "no $$command here: the Slurm tests will be skipped"; break; \
+	        echo "no $$command here: the tests that need it will be skipped"; continue; \
 	    fi; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-	        --no-install-recommends $(SLURM_PACKAGES) >/dev/null && break || exit 1; \
+	        --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null && break || exit 1; \
 	done
 
-test: $(INSTALLED) slurm-packages
+test: $(INSTALLED) system-packages
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
