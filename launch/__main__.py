@@ -193,7 +193,8 @@ def _submit_stages(graph: Graph, cluster: str, wishes: Wishes, limit: int | None
             typer.echo(f"{stage.name}: {title(job.slurm_dir)}: job {stage.jobs[0]}_{index}")
     if any(stage.jobs for stage in submitted):
         typer.echo(
-            f"watch:  python -m launch status RUN\ncancel: python -m launch cancel {graph.path}"
+            f"watch:  python -m launch status RUN [--part PART]\n"
+            f"cancel: python -m launch cancel {graph.path}"
         )
 
 
@@ -208,6 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Click drops the "--", and with it the border between overrides and the command's arguments.
     border = arguments.index("--") if "--" in arguments else len(arguments)
     try:
+        if arguments[border + 1 :] and arguments[0] != "local":
+            raise ConfigError(
+                f"{' '.join(arguments[border:])}: only local takes arguments after --; give config "
+                "fields before it"
+            )
         app(arguments[:border], prog_name="python -m launch", obj=tuple(arguments[border + 1 :]))
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

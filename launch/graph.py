@@ -55,8 +55,8 @@ class Task(Section):
     overrides: tuple[str, ...] = ()
     """Fields of the config to change."""
     command: Annotated[tuple[Word, ...], Field(min_length=1)] = ("train",)
-    """``train``, or another command with its arguments. On a run it is given the run folder as its
-    first argument, and runs in one process per device."""
+    """On a run, ``train``, or ``evaluate`` with its arguments, which is given the run folder as its
+    first; in one process per device. Without a run any command with its arguments."""
     part: Annotated[str, Field(pattern=PART_PATTERN)] | None = None
     """Tells what is done in one folder apart: journal and logs are in ``slurm/PART`` and
     ``logs/PART``. Off = the command's name; training has none."""
@@ -134,6 +134,11 @@ def _problems_of_task(task: Task) -> Iterator[str]:
         yield "overrides: there is no config to change; leave them out"
     if task.config is None and task.command[0] == "train":
         yield "config: missing; training needs one"
+    if task.config is not None and task.command[0] not in ("train", "evaluate"):
+        yield (
+            f"command={list(task.command)}: on a run's nodes run train and evaluate; give other "
+            "commands without a config, with the run folder among their arguments"
+        )
     if task.config is not None and task.command[0] == "train" and len(task.command) > 1:
         yield f"command={list(task.command)}: train takes no arguments here; use overrides"
     if task.trains and task.part is not None:

@@ -19,11 +19,14 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.tracking.metrics_file import read_records
 from launch.environment import environment_without_slurm
 from launch.goodput import goodput
-from launch.supervisor.journal import CANCELLED, job_ids, newest_step, read_journal
+from launch.supervisor.journal import CANCELLED, JOURNAL, job_ids, newest_step, read_journal
 
 Record = dict[str, Any]
 Line = tuple[str, str]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+PartOption = Annotated[
+    str, typer.Option(help="Of an array: what is done beside the training, as evaluate_2048.")
+]
 
 SLURM_SECONDS = 30
 FOLLOW_SECONDS = 0.5
@@ -33,14 +36,22 @@ RECENT_STEPS = 20
 RESTARTS = ("crash", "hang", "stopped", "sick", "leave")
 
 
-def status(run_dir: RunArgument) -> None:
+def status(run_dir: RunArgument, part: PartOption = "") -> None:
     """Say how a run is doing: state, progress, restarts, and where its time went."""
-    journal = read_journal(run_dir / "slurm")
-    metrics = read_records(run_dir / "metrics.jsonl")
+    journal = read_journal(run_dir / "slurm" / part)
+    metrics = [] if part else read_records(run_dir / "metrics.jsonl")
+    parts = sorted(path.parent.name for path in run_dir.glob(f"slurm/*/{JOURNAL}"))
     if not journal and not metrics:
-        raise ConfigError(f"{run_dir}: no run has been started in this folder; give a run folder")
-    lines = [("run", str(run_dir)), ("state", _state(run_dir, journal))]
-    lines += _progress(_config(run_dir), metrics)
+        known = f"; --part knows {', '.join(parts)}" if parts else ""
+        raise ConfigError(
+            f"{run_dir / 'slurm' / part if part else run_dir}: no run has been started in this "
+            f"folder; give a run folder{known}"
+        )
+    lines = [("run", str(run_dir)), ("state", _state(run_dir / "slurm" / part, journal))]
+    if parts and not part:
+        lines.append(("parts", f"{', '.join(parts)} (see --part)"))
+    if not part:
+        lines += _progress(_config(run_dir), metrics)
     lines += _restarts(journal)
     lines += _time(metrics, journal)
     for name, text in lines:
@@ -51,9 +62,10 @@ def logs(
     run_dir: RunArgument,
     rank: Annotated[int, typer.Option(min=0, help="Whose log; 0 is the readable one.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="Go on as it grows.")] = False,
+    part: PartOption = "",
 ) -> None:
     """Show the end of a rank's log."""
-    path = run_dir / "logs" / f"rank_{rank}.log"
+    path = run_dir / "logs" / part / f"rank_{rank}.log"
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             sys.stdout.write("".join(file.readlines()[-TAIL_LINES:]))
@@ -68,7 +80,7 @@ def logs(
         return
 
 
-def _state(run_dir: Path, journal: Sequence[Record]) -> str:
+def _state(slurm_dir: Path, journal: Sequence[Record]) -> str:
     if not journal:
         return "started without Slurm"
     last = journal[-1]
@@ -76,7 +88,7 @@ def _state(run_dir: Path, journal: Sequence[Record]) -> str:
     said = f"{last['event']}: {last['message']}".splitlines()[0] + f" ({since})"
     if last["event"] == "finished":
         return said
-    if (run_dir / "slurm" / CANCELLED).exists():
+    if (slurm_dir / CANCELLED).exists():
         return "cancelled"
     return f"{said}; {_in_slurm(job_ids(journal))}"
 

@@ -98,7 +98,10 @@ class ComeBack:
 def come_back(job: Job, allocation: Allocation, excluded: list[str]) -> ComeBack:
     """Have Slurm run this job again, on other nodes than ``excluded``."""
     chain = chains_next(job, allocation)
-    if chain is not None and not excluded:
+    # The links of a chain of arrays wait for one another by number, not for a job that is submitted
+    # now: two would work on the run at once. The next link examines its nodes itself.
+    is_array = any(option.startswith("--array=") for option in job.sbatch)
+    if chain is not None and (not excluded or is_array):
         return chain
     if not excluded and shutil.which("scontrol"):
         asked = _run(["scontrol", "requeue", allocation.job_id])

@@ -258,6 +258,9 @@ class Supervisor:
         """Before this job's work can begin: it comes back after ``others``, if they go on."""
         if not others.jobs:
             return await self._leave(ComeBack(False, others.message), 1)
+        chain = await asyncio.to_thread(chains_next, self.job, self.allocation)
+        if chain is not None:  # that link looks again
+            return await self._leave(chain, EXIT_STOPPED, others.message)
         way = await self._find_a_way(partial(come_back_after, self.job, others.jobs))
         return await self._leave(way, EXIT_STOPPED if way.works else 1, others.message)
 

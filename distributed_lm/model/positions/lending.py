@@ -28,9 +28,10 @@ class LentPosition:
         names = [name for name, _ in self.copy.named_parameters()]
         # By name, since that has ZeRO 3 gather a weight that is in parts.
         weights: list[Tensor] = [self.owner.get_parameter(name) for name in names]
-        with torch.no_grad():
-            for mine, weight in zip(self.copy.parameters(), weights, strict=True):
-                mine.copy_(weight)
+        for mine, weight in zip(self.copy.parameters(), weights, strict=True):
+            # Behind autograd's back: under a pipeline other microbatches are between forward and
+            # backward, with the same values, since no update comes in between.
+            mine.data.copy_(weight.data)
         return weights
 
     def lend(self, hidden: Tensor) -> Tensor:
