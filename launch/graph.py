@@ -77,6 +77,8 @@ class Stage(Section):
     after: tuple[str, ...] = ()
     """Stages before it. A task on a run waits for their tasks on the same run; where there are
     none, and without a run, it waits for all of them."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """So many of its tasks at once; off = as the command line says."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
 
 

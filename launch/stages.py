@@ -90,7 +90,8 @@ def submit_graph(
             folder = graph.path / f"{stage.stage.name}-{stamp}"
             name = f"{graph.name}-{stage.stage.name}"
             after = [submitted[one].jobs[-1] for one in stage.stage.after if submitted[one].jobs]
-            submitted[stage.stage.name] = _submit(stage, name, folder, after, limit)
+            at_once = min(filter(None, (limit, stage.stage.limit)), default=None)
+            submitted[stage.stage.name] = _submit(stage, name, folder, after, at_once)
     except SubmitError as error:
         started = [job for one in submitted.values() for job in one.jobs]
         scancel(started)

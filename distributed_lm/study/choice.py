@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from distributed_lm.study.schema import Study
+
 CHOICE = "choice.json"
 
 
@@ -34,6 +36,23 @@ class Choice:
     """``train.steps`` of the arms that are given another's time."""
     time_ratios: dict[str, float] = field(default_factory=dict)
     """``SHORT/LONG``: an update's time of one arm over another's."""
+
+    def missing(self, study: Study) -> list[str]:
+        """What the study needs and this does not say."""
+        rates = study.full_arms if study.tuning is not None else ()
+        return [
+            *(f"the learning rate of {arm.name}" for arm in rates if arm.name not in self.tuned),
+            *(
+                f"the steps of {arm.name}"
+                for arm in study.arms
+                if arm.time_of is not None and arm.name not in self.steps
+            ),
+            *(
+                f"the time of {short} over that of {long}"
+                for short, long in study.time_pairs
+                if f"{short}/{long}" not in self.time_ratios
+            ),
+        ]
 
     def rate(self, arm: str) -> float | None:
         """The arm's learning rate; None = the base config's."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distributed_lm.evaluation.results import Result
 from distributed_lm.study.measures import Measures, StepCost, per_document
 from distributed_lm.study.schema import Claim, Quantity, Study
-from distributed_lm.study.statistics import Estimate, State, judge, paired, text_standard_error
+from distributed_lm.study.statistics import Estimate, State, TextError, judge, paired, text_error
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def _judge(claim: Claim, measures: Measures) -> Verdict:
         return Verdict(claim, "cannot tell", _what_is_missing(claim, pairs))
     lefts, rights = (np.array(side, dtype=float) for side in zip(*whole, strict=True))
     differences = np.log(lefts) - np.log(rights) if claim.is_ratio else lefts - rights
-    text_error = 0.0 if claim.is_ratio else _text_error(claim, measures)
-    estimate = paired(differences.tolist(), text_error)
+    text = TextError(0.0, 0) if claim.is_ratio else _text_error(claim, measures)
+    estimate = paired(differences.tolist(), text)
     state = judge(estimate, claim.relation[0], margin_of(claim))
     reason = ""
     if estimate.pairs < 2:
@@ -59,6 +60,8 @@ def _judge(claim: Claim, measures: Measures) -> Verdict:
     elif len(whole) < len(pairs):
         reason = f"{len(pairs) - len(whole)} of {len(pairs)} pairs are missing"
         state = "cannot tell"
+    elif not claim.is_ratio and not measures.saw_same_tokens(claim.left.arm, claim.right.arm):
+        reason, state = "the arms have not seen the same tokens", "cannot tell"
     return Verdict(
         claim,
         state,
@@ -104,22 +107,36 @@ def _what_is_missing(claim: Claim, pairs: list[tuple[float | None, float | None]
     return f"not there: {' and '.join(missing) or 'a whole pair of runs'}"
 
 
-def _text_error(claim: Claim, measures: Measures) -> float:
-    """Standard error of the mean difference over the choice of documents, which the pairs share."""
+def _result(quantity: Quantity, measures: Measures, seed: int) -> Result | None:
+    """With a document's losses; of a halted run those of the validation nearest to its halt."""
+    if quantity.length is None:
+        return None
+    if quantity.measure == "loss":
+        return measures.result(quantity.arm, seed, quantity.length, quantity.protocol)
+    step = measures.halted_step(quantity.arm, quantity.time_of or "")
+    if step is None:
+        return None
+    return measures.validation_near(quantity.arm, seed, quantity.length, step)
+
+
+def _text_error(claim: Claim, measures: Measures) -> TextError:
+    """Of the mean difference over the choice of documents, which the pairs share."""
     sums, tokens = [], None
     for seed in measures.study.seeds:
         sides = []
         for quantity in (claim.left, claim.right):
-            if quantity.measure != "loss" or quantity.length is None:
-                return 0.0
-            result = measures.result(quantity.arm, seed, quantity.length, quantity.protocol)
+            result = _result(quantity, measures, seed)
             found = per_document(result) if result is not None and not result.gap else None
             if found is None:
-                return 0.0
+                return TextError(0.0, 0)
             sides.append(found)
         (left, scored), (right, also) = sides
         if not np.array_equal(scored, also):  # other tokens: the text is not shared
-            return math.hypot(*(text_standard_error(*side) for side in sides))
+            errors = [text_error(*side) for side in sides]
+            size = math.hypot(*(error.size for error in errors))
+            return TextError(size, min(error.documents for error in errors))
         sums.append(left - right)
         tokens = scored
-    return text_standard_error(np.mean(sums, axis=0), tokens) if tokens is not None else 0.0
+    if tokens is None:
+        return TextError(0.0, 0)
+    return text_error(np.mean(sums, axis=0), tokens)

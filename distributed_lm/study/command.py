@@ -45,6 +45,11 @@ class Workshop:
             for run in training_runs(study, Choice())
         )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if GPU.exists() and jobs is not None and jobs > 1:
+            raise ConfigError(
+                f"--jobs {jobs}: on a machine with GPUs all runs would take the first ones; leave "
+                "it out, or use --launcher slurm"
+            )
         if jobs is None:
             jobs = 1 if GPU.exists() else max(1, cores // ranks)
         return cls(jobs, max(1, cores // (jobs * ranks)))
@@ -147,16 +152,17 @@ def _choose(study: Study, workshop: Workshop, console: Console) -> None:
 
 
 def _train(study: Study, workshop: Workshop, console: Console) -> None:
-    runs = training_runs(study, Choice.read(study.folder))
+    runs = training_runs(study, graph.chosen(study))
     _run(study, graph.training_tasks(runs), workshop.jobs, workshop, console)
 
 
 def _evaluate(study: Study, workshop: Workshop, console: Console) -> None:
-    tasks = graph.evaluation_tasks(study, Choice.read(study.folder))
+    tasks = graph.evaluation_tasks(study, graph.chosen(study))
     _run(study, tasks, workshop.jobs, workshop, console)
 
 
 def _report(study: Study, workshop: Workshop, console: Console) -> None:
+    graph.chosen(study)
     _write(study_content(study), Measures(study), study.folder, console)
 
 

@@ -82,44 +82,54 @@ def evaluation_tasks(study: Study, choice: Choice) -> list[Task]:
 
 
 def choose(study: Study, console: Console) -> Choice:
-    """Learning rates from the tuning runs, steps from the speed runs; written to ``choice.json``,
-    and never changed afterwards: runs were made with it.
+    """Learning rates from the tuning runs, steps from the speed runs; written to ``choice.json``.
+    What it says already stays, since runs were made with it.
 
     Raises:
         TrainingError: if every learning rate of an arm diverged.
         DataError: if a tuning or speed run is missing.
     """
-    if (study.folder / CHOICE).exists():
-        return Choice.read(study.folder)
-    tuned = {arm.name: _tune(study, arm) for arm in study.full_arms} if study.tuning else {}
+    before = Choice.read(study.folder)
+    if not before.missing(study):
+        return before
+    tuned, ratios, steps = dict(before.tuned), dict(before.time_ratios), dict(before.steps)
+    for arm in study.full_arms if study.tuning else ():
+        if arm.name not in tuned:
+            tuned[arm.name] = one = _tune(study, arm)
+            edge = ", the edge of what was tried" if one.at_edge else ""
+            console.print(f"  {arm.name}: learning rate {one.rate:g}{edge}")
     measures = Measures(study)
-    steps, ratios = {}, {}
-    for short, arm in _time_pairs(study):
-        ratio = time_ratio(measures, short, study.full_twin(arm).name)
-        if ratio is None:
-            raise DataError(f"{study.folder}: {short} and {arm.name} have not been timed")
-        ratios[f"{short}/{study.full_twin(arm).name}"] = ratio
-        if arm.time_of == short:
-            full = training_run(study, study.full_twin(arm), study.seeds[0], Choice()).config
-            steps[arm.name] = max(1, round(full.train.steps * ratio))
+    for short, long in study.time_pairs:
+        if f"{short}/{long}" not in ratios:
+            ratio = time_ratio(measures, short, long)
+            if ratio is None:
+                raise DataError(f"{study.folder}: {short} and {long} have not been timed")
+            ratios[f"{short}/{long}"] = ratio
+    for arm in study.arms:
+        if arm.time_of is not None and arm.name not in steps:
+            twin = study.full_twin(arm)
+            full = training_run(study, twin, study.seeds[0], Choice()).config.train.steps
+            steps[arm.name] = max(1, round(full * ratios[f"{arm.time_of}/{twin.name}"]))
+            console.print(f"  {arm.name}: {steps[arm.name]} steps")
     choice = Choice(tuned, steps, ratios)
     choice.write(study.folder)
-    for name, one in tuned.items():
-        edge = ", the edge of what was tried" if one.at_edge else ""
-        console.print(f"  {name}: learning rate {one.rate:g}{edge}")
-    for name, count in steps.items():
-        console.print(f"  {name}: {count} steps")
     return choice
 
 
-def _time_pairs(study: Study) -> list[tuple[str, Arm]]:
-    """(short, arm) for every arm or claim that gives one arm another's time."""
-    pairs = [(arm.time_of, arm) for arm in study.arms if arm.time_of is not None]
-    for claim in study.claims:
-        for quantity in (claim.left, claim.right):
-            if quantity.measure == "halted_loss" and quantity.time_of is not None:
-                pairs.append((quantity.time_of, study.arm(quantity.arm)))
-    return pairs
+def chosen(study: Study) -> Choice:
+    """What was chosen for the study.
+
+    Raises:
+        DataError: if something is missing.
+    """
+    choice = Choice.read(study.folder)
+    missing = choice.missing(study)
+    if missing:
+        raise DataError(
+            f"{study.folder}/{CHOICE} does not say {missing[0]}; run the study without --stage, or "
+            "its stages up to choose"
+        )
+    return choice
 
 
 def _tune(study: Study, arm: Arm) -> Tuned:
@@ -150,26 +160,32 @@ def _tuning_loss(config: RunConfig) -> float:
 
 
 def _has_ended(config: RunConfig) -> bool:
-    """Whether the run is validated and, after that, saved; a tuning run may have diverged."""
+    """Whether the run is validated and, after that, saved; or has diverged."""
     curve = TrainingCurve.read(config.run_dir)
     lengths = config.evaluation_lengths
     if all(curve.final_loss(length, config.train.steps) is not None for length in lengths):
         return config.train.steps in saved_steps(config.run_dir)
-    return config.name.startswith("tune-") and _has_diverged(config)
+    return _has_diverged(config)
 
 
 def _has_diverged(config: RunConfig) -> bool:
+    if config.train.steps in saved_steps(config.run_dir):
+        return False
     records = read_records(config.run_dir / "metrics.jsonl")
     return any(record.get("event") == "non_finite" for record in records)
 
 
 def _is_scored(config: RunConfig, scoring: Scoring) -> bool:
+    """Whether the results are there; a run that has diverged has none to give."""
+    if _has_diverged(config):
+        return True
     scored = {
         result.length
         for result in read_results(config.run_dir)
         if result.step == config.train.steps
         and result.protocol == scoring.protocol
         and scoring.stride in (None, result.stride)
+        and (scoring.sample is None or f"sample_{scoring.sample}_" in result.targets)
     }
     return scored >= set(scoring.lengths)
 

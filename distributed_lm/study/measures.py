@@ -17,8 +17,10 @@ from distributed_lm.evaluation.results import Result, read_results
 from distributed_lm.study.choice import Choice
 from distributed_lm.study.runs import WARM_UP_STEPS, speed_run, training_run
 from distributed_lm.study.schema import Arm, Quantity, Study
-from distributed_lm.study.statistics import Estimate, paired, text_standard_error
+from distributed_lm.study.statistics import Estimate, TextError, paired, text_error
 from distributed_lm.tracking.metrics_file import read_records
+
+NUM_LOSSES = 5
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class TrainingCurve:
         for record in read_records(run_dir / "metrics.jsonl"):
             if record["kind"] == "train":
                 train[record["step"]] = record
-            elif record["kind"] == "evaluation" and record.get("loss") is not None:
-                validation.setdefault(record["length"], {})[record["step"]] = record["loss"]
+            elif record["kind"] == "evaluation":
+                losses_by_step = validation.setdefault(record["length"], {})
+                losses_by_step[record["step"]] = _number(record.get("loss"))
         steps = sorted(train)
         seconds, clock, before = [], 0.0, 0
         for step in steps:
@@ -51,7 +54,9 @@ class TrainingCurve:
             before = step
             seconds.append(clock)
         losses = [_number(train[step]["loss"]) for step in steps]
-        digests = {step: str(train[step].get("data_digest")) for step in steps}
+        digests = {
+            step: train[step]["data_digest"] for step in steps if "data_digest" in train[step]
+        }
         return cls(steps, losses, seconds, validation, digests)
 
     def final_loss(self, length: int, step: int) -> float | None:
@@ -59,9 +64,10 @@ class TrainingCurve:
         return self.validation.get(length, {}).get(step)
 
     def halted_loss(self, length: int, step: float) -> float | None:
-        """Validation loss at a step between two validations, on the line between them."""
+        """Validation loss at a step between two validations, on the line between them; None before
+        the first and after the last."""
         known = sorted(self.validation.get(length, {}).items())
-        if not known or step < known[0][0]:
+        if not known or not known[0][0] <= step <= known[-1][0]:
             return None
         steps, losses = zip(*known, strict=True)
         return float(np.interp(step, steps, losses))
@@ -70,6 +76,8 @@ class TrainingCurve:
         """Where the validation loss first gets down to ``loss``, on the lines between
         validations; None = never."""
         known = sorted(self.validation.get(length, {}).items())
+        if known and known[0][1] <= loss:
+            return float(known[0][0])
         for (step, higher), (later, lower) in itertools.pairwise(known):
             if higher > loss >= lower:
                 return step + (later - step) * (higher - loss) / (higher - lower)
@@ -92,6 +100,7 @@ class RunSet:
         self.configs = configs
         self._curves: dict[tuple[str, int], TrainingCurve] = {}
         self._results: dict[tuple[str, int], list[Result]] = {}
+        """Of all steps."""
 
     @property
     def arms(self) -> list[str]:
@@ -115,15 +124,24 @@ class RunSet:
 
     def results(self, arm: str, seed: int, protocol: str | None = None) -> list[Result]:
         """Evaluations of the run's last step, with one protocol or all."""
+        last = self.config(arm, seed).train.steps
+        found = [one for one in self._all_results(arm, seed) if one.step == last]
+        return [one for one in found if protocol in (None, one.protocol)]
+
+    def _all_results(self, arm: str, seed: int) -> list[Result]:
         key = (arm, seed)
         if key not in self._results:
-            config = self.config(arm, seed)
-            self._results[key] = [
-                result
-                for result in read_results(config.run_dir)
-                if result.step == config.train.steps
-            ]
-        return [one for one in self._results[key] if protocol in (None, one.protocol)]
+            self._results[key] = read_results(self.config(arm, seed).run_dir)
+        return self._results[key]
+
+    def validation_near(self, arm: str, seed: int, length: int, step: float) -> Result | None:
+        """The validation nearest to a step; None if none was kept."""
+        kept = [
+            one
+            for one in self._all_results(arm, seed)
+            if (one.length, one.protocol, one.gap) == (length, "nonoverlapping", None)
+        ]
+        return min(kept, key=lambda one: abs(one.step - step), default=None)
 
     def result(
         self, arm: str, seed: int, length: int, protocol: str = "nonoverlapping"
@@ -164,11 +182,20 @@ class RunSet:
         if not scored:
             return None
         texts = [per_document(result) for result in scored]
-        error = 0.0
-        if all(text is not None for text in texts):
+        error = TextError(0.0, 0)
+        if texts[0] is not None and all(text is not None for text in texts):
             nats = np.mean([text[0] for text in texts if text], axis=0)
-            error = text_standard_error(nats, texts[0][1]) if texts[0] else 0.0
+            error = text_error(nats, texts[0][1])
         return paired([result.loss for result in scored], error)
+
+    def saw_same_tokens(self, arm: str, other: str) -> bool:
+        """Whether with each seed that both have, the recorded steps of both have equal digests. An
+        arm with another seed's runs only was never meant to see the same."""
+        for seed in set(self.configs[arm]) & set(self.configs[other]):
+            ours, theirs = self.curve(arm, seed).digests, self.curve(other, seed).digests
+            if any(ours[step] != theirs[step] for step in ours.keys() & theirs.keys()):
+                return False
+        return True
 
 
 class Measures(RunSet):
@@ -220,13 +247,35 @@ class Measures(RunSet):
 
     def break_even(self, short: str, arm: Arm, seed: int) -> float | None:
         """Speed ratio at which halting ``arm`` in the time of ``short`` gives the same loss at the
-        length of ``arm``: how much faster ``short`` must be. None = ``arm`` never gets there."""
+        length of ``arm``: how much faster ``short`` must be. None = ``arm`` never gets there; not a
+        number = not measured."""
         result = self.result(short, seed, arm.length)
-        if result is None or result.gap:
-            return None
+        if result is None or result.gap or not self.curve(arm.name, seed).validation:
+            return math.nan
         steps = self.config(arm.name, seed).train.steps
         step = self.curve(arm.name, seed).first_step_below(arm.length, result.loss)
         return None if step is None else steps / step
+
+    def time_to_loss(self, short: str, arm: Arm, seed: int) -> float | None:
+        """Time that ``short`` needs to reach a loss at the length of ``arm``, over the time that
+        ``arm`` needs: the mean over five losses, from the worse of the two last ones up. So the
+        paper measures how much faster training is (§4.2); None = not measured."""
+        ratio = self.choice.time_ratios.get(f"{short}/{arm.name}")
+        curves = [self.curve(name, seed) for name in (short, arm.name)]
+        known = [sorted(curve.validation.get(arm.length, {}).items()) for curve in curves]
+        if ratio is None or not all(known):
+            return None
+        worst = max(points[-1][1] for points in known)
+        start = min(points[0][1] for points in known)
+        if not start > worst:
+            return None
+        ratios = []
+        for loss in np.linspace(worst, worst + (start - worst) / 2, NUM_LOSSES):
+            ours, theirs = (curve.first_step_below(arm.length, float(loss)) for curve in curves)
+            if ours is None or theirs is None:
+                return None
+            ratios.append(ratio * ours / theirs)
+        return statistics.fmean(ratios)
 
 
 def per_document(result: Result) -> tuple[np.ndarray, np.ndarray] | None:

@@ -20,8 +20,7 @@ from distributed_lm.config import NAME_PATTERN, Count, CountOrOff, PositiveFloat
 from distributed_lm.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Scalar = bool | int | float | str | None
-Fields = dict[str, Scalar | tuple[Scalar, ...]]
+Fields = dict[str, Any]
 """Fields of a run's config by their dotted names, as on the command line."""
 
 
@@ -37,6 +36,11 @@ class Arm(Section):
     """Another arm: train for as long as that one takes, the schedule ending there. It takes the
     learning rate of the arm with its position and length that trains in full."""
     fields: Fields = Field(default_factory=dict)
+
+    def is_like(self, other: Arm) -> bool:
+        """Whether they differ in name and training time only."""
+        mine, its = (self.position, self.length), (other.position, other.length)
+        return mine == its and self.fields == other.fields
 
 
 class Tuning(Section):
@@ -162,6 +166,8 @@ class Study(Section):
 
     path: Path = Path()
     """Where the study was read from; not in the file."""
+    overrides: tuple[str, ...] = ()
+    """What was changed on the command line; not in the file."""
 
     @property
     def folder(self) -> Path:
@@ -181,12 +187,20 @@ class Study(Section):
         return tuple(arm for arm in self.arms if arm.time_of is None)
 
     def full_twin(self, arm: Arm) -> Arm:
-        """The arm that trains in full, of the same position and length."""
-        return next(
-            other
-            for other in self.full_arms
-            if (other.position, other.length) == (arm.position, arm.length)
-        )
+        """The arm itself, or the one that it would be if it trained in full."""
+        if arm.time_of is None:
+            return arm
+        return next(other for other in self.full_arms if other.is_like(arm))
+
+    @property
+    def time_pairs(self) -> tuple[tuple[str, str], ...]:
+        """(short, long) wherever one arm is given another's time: the names of both in full."""
+        pairs = [(arm.time_of, self.full_twin(arm).name) for arm in self.arms if arm.time_of]
+        for claim in self.claims:
+            for quantity in (claim.left, claim.right):
+                if quantity.measure == "halted_loss" and quantity.time_of is not None:
+                    pairs.append((quantity.time_of, quantity.arm))
+        return tuple(dict.fromkeys(pairs))
 
     @property
     def timed_arms(self) -> tuple[Arm, ...]:
@@ -216,14 +230,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise ConfigError(f"{path}: expected 'key: value' lines")
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or key not in Study.model_fields or key == "path":
+        if not separator or key not in Study.model_fields or key in ("path", "overrides"):
             raise ConfigError(
                 f"{override!r}: expected FIELD=VALUE with a top-level field of the study, as in "
                 "seeds=[1,2,3]"
             )
         values[key] = yaml.safe_load(text)
     try:
-        study = Study.model_validate({**values, "path": path})
+        study = Study.model_validate({**values, "path": path, "overrides": tuple(overrides)})
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
@@ -247,13 +261,25 @@ def check_study(study: Study) -> None:
         )
     for arm in study.arms:
         _check_arm(study, arm)
-    for scoring in study.scorings:
-        for name in scoring.arms:
-            _known(study, name, "scorings.arms")
+    _check_scorings(study)
     for name in study.speed.arms if study.speed else ():
         _known(study, name, "speed.arms")
     for claim in study.claims:
         _check_claim(study, claim)
+
+
+def _check_scorings(study: Study) -> None:
+    for scoring in study.scorings:
+        for name in scoring.arms:
+            _known(study, name, "scorings.arms")
+    for arm in study.arms:
+        protocols = [one.protocol for one in study.scorings if not one.arms or arm.name in one.arms]
+        for protocol in protocols:
+            if protocols.count(protocol) > 1:
+                raise ConfigError(
+                    f"scorings: {arm.name} is scored twice with the protocol {protocol}; put the "
+                    "lengths into one"
+                )
 
 
 def _check_arm(study: Study, arm: Arm) -> None:
@@ -266,19 +292,16 @@ def _check_arm(study: Study, arm: Arm) -> None:
                 f"tokens_per_update={study.tokens_per_update} is not a multiple of {size}, {name}; "
                 f"use {size * max(1, round(study.tokens_per_update / size))}"
             )
-    if study.tokens_per_microbatch < arm.length:
+    if study.tokens_per_microbatch % arm.length:
         raise ConfigError(
-            f"tokens_per_microbatch={study.tokens_per_microbatch} is less than one sequence of "
-            f"{arm.name}, {arm.length} tokens; use at least that"
+            f"tokens_per_microbatch={study.tokens_per_microbatch} is not a multiple of the "
+            f"{arm.length} tokens of {arm.name}'s sequences, so its passes would not hold as many "
+            f"tokens as the others'; use a multiple of {study.block_length}"
         )
     if arm.time_of is None:
         return
     _known(study, arm.time_of, f"arms.{arm.name}.time_of")
-    twins = [
-        other.name
-        for other in study.full_arms
-        if (other.position, other.length) == (arm.position, arm.length)
-    ]
+    twins = [other.name for other in study.full_arms if other.is_like(arm)]
     if not twins:
         raise ConfigError(
             f"arms.{arm.name}: time_of needs an arm that trains {arm.position} at {arm.length} in "
@@ -315,6 +338,24 @@ def _check_claim(study: Study, claim: Claim) -> None:
                 )
         elif quantity.length is None:
             raise ConfigError(f"{where}: {quantity.arm} needs the length to score it at")
+        elif not _is_measured(study, quantity):
+            raise ConfigError(
+                f"{where}: {quantity.arm} is not scored at {quantity.length} with the protocol "
+                f"{quantity.protocol}; add it to scorings (a halted run is validated at its own "
+                "length and at twice that)"
+            )
+
+
+def _is_measured(study: Study, quantity: Quantity) -> bool:
+    length = study.arm(quantity.arm).length
+    if quantity.measure == "halted_loss":
+        return quantity.length in (length, 2 * length)
+    return any(
+        quantity.length in scoring.lengths
+        for scoring in study.scorings
+        if scoring.protocol == quantity.protocol
+        and (not scoring.arms or quantity.arm in scoring.arms)
+    )
 
 
 def _known(study: Study, name: str, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from distributed_lm.study.choice import CHOICE, Choice
+from distributed_lm.study.choice import Choice
 from distributed_lm.study.runs import (
     StudyRun,
     evaluate_arguments,
@@ -37,12 +37,13 @@ def write_stages(study: Study) -> Path:
     for run in (*tune, *speed, *train):
         run.write()
     stages: list[dict[str, Any]] = []
-    if not (study.folder / CHOICE).exists():
-        for name, runs in (("tune", tune), ("speed", speed)):
-            if runs:
-                stages.append({"name": name, "tasks": [_trains(run) for run in runs]})
-        before = [stage["name"] for stage in stages]
-        stages.append({"name": "choose", "after": before, "tasks": [_step(study, "choose")]})
+    if choice.missing(study):
+        if tune:
+            stages.append({"name": "tune", "tasks": [_trains(run) for run in tune]})
+        if speed:  # one at a time: what runs beside it might be measured, too
+            tasks = [_trains(run) for run in speed]
+            stages.append({"name": "speed", "after": _last(stages), "limit": 1, "tasks": tasks})
+        stages.append({"name": "choose", "after": _all(stages), "tasks": [_step(study, "choose")]})
     stages += [
         {"name": "train", "after": _last(stages), "tasks": [_trains(run) for run in train]},
         {"name": "evaluate", "after": ["train"], "tasks": _evaluations(study, choice)},
@@ -60,10 +61,13 @@ def _resolved(study: Study) -> Study:
     data = config.data.model_dump(mode="json")
     if isinstance(data["path"], str):
         data["path"] = str(Path(data["path"]).resolve())
+    else:
+        for corpus in data["path"]:
+            corpus["path"] = str(Path(corpus["path"]).resolve())
     fields: dict[str, Any] = {**study.fields, "data.path": data["path"]}
     if data["cache_path"]:
         fields["data.cache_path"] = str(Path(data["cache_path"]).resolve())
-    values = study.model_dump(mode="json", exclude={"path"})
+    values = study.model_dump(mode="json", exclude={"path", "overrides"})
     values |= {
         "base": str((study.path.parent / study.base).resolve()),
         "output_dir": str(folder.parent),
@@ -95,6 +99,10 @@ def _evaluations(study: Study, choice: Choice) -> list[dict[str, Any]]:
         for arm in study.arms
         for number, scoring in enumerate(scorings_of(study, arm))
     ]
+
+
+def _all(stages: list[dict[str, Any]]) -> list[str]:
+    return [stage["name"] for stage in stages]
 
 
 def _last(stages: list[dict[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -27,30 +27,50 @@ class Estimate:
     standard_error: float
     """Of runs and text together; infinite with one pair, which says nothing about the runs."""
     pairs: int
+    freedom: float
+    """Degrees of freedom of the two together."""
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """Student's t with pairs − 1 degrees of freedom: wide, and honest, for few pairs."""
+        """Student's t: wide, and honest, for few pairs or documents."""
         if self.pairs < 2 or math.isinf(self.standard_error):
             return -math.inf, math.inf
-        reach = float(stats.t.ppf(0.5 + confidence / 2, self.pairs - 1)) * self.standard_error
+        reach = float(stats.t.ppf(0.5 + confidence / 2, self.freedom)) * self.standard_error
         return self.mean - reach, self.mean + reach
 
     @property
     def detectable(self) -> float:
         """The smallest true difference that would be found different from nothing with a
-        probability of ``POWER``: (t_0.975 + t_0.8) standard errors."""
-        if self.pairs < 2:
+        probability of ``POWER``, by the noncentral t distribution."""
+        if self.pairs < 2 or math.isinf(self.standard_error):
             return math.inf
-        freedom = self.pairs - 1
-        quantiles = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], freedom)
-        return float(quantiles.sum()) * self.standard_error
+        threshold = float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.freedom))
+
+        def missing_power(effect: float) -> float:
+            return float(stats.nct.sf(threshold, self.freedom, effect)) - POWER
+
+        return float(optimize.brentq(missing_power, 0.0, 10 * threshold)) * self.standard_error
 
 
-def paired(differences: Sequence[float], text_error: float = 0.0) -> Estimate:
+@dataclass(frozen=True)
+class TextError:
+    """Standard error of a mean over the choice of documents."""
+
+    size: float
+    documents: int
+    """That it was estimated from; with fewer than two there is nothing to estimate."""
+
+
+NO_TEXT_ERROR = TextError(0.0, 0)
+
+
+def paired(differences: Sequence[float], text: TextError = NO_TEXT_ERROR) -> Estimate:
     """The mean of one difference per pair of runs.
 
+    The variances of runs and text add; their degrees of freedom are joined as Welch and
+    Satterthwaite do (1947).
+
     Args:
-        text_error: standard error of that mean over the choice of documents.
+        text: error of that mean over the choice of documents.
 
     Raises:
         ValueError: if there is no pair.
@@ -60,13 +80,18 @@ def paired(differences: Sequence[float], text_error: float = 0.0) -> Estimate:
         raise ValueError("no pair of runs")
     mean = float(np.mean(differences))
     if not math.isfinite(mean):  # a run has diverged
-        return Estimate(mean, math.inf, pairs)
-    spread = float(np.var(differences, ddof=1)) if pairs > 1 else math.inf
-    error = math.sqrt(spread / pairs + text_error**2)
-    return Estimate(mean, error, pairs)
+        return Estimate(mean, math.inf, pairs, 1.0)
+    if pairs == 1 or math.isinf(text.size):
+        return Estimate(mean, math.inf, pairs, 1.0)
+    of_runs, of_text = float(np.var(differences, ddof=1)) / pairs, text.size**2
+    parts = of_runs**2 / (pairs - 1)
+    if text.documents > 1:
+        parts += of_text**2 / (text.documents - 1)
+    freedom = (of_runs + of_text) ** 2 / parts if parts > 0 else float(pairs - 1)
+    return Estimate(mean, math.sqrt(of_runs + of_text), pairs, freedom)
 
 
-def text_standard_error(nats: np.ndarray, tokens: np.ndarray) -> float:
+def text_error(nats: np.ndarray, tokens: np.ndarray) -> TextError:
     """Standard error of Σ nats / Σ tokens over the choice of documents.
 
     The usual linearisation of a ratio estimator (Cochran, Sampling Techniques, 1977, §6.3).
@@ -77,13 +102,13 @@ def text_standard_error(nats: np.ndarray, tokens: np.ndarray) -> float:
     """
     documents = int((tokens > 0).sum())
     if documents < 2:
-        return 0.0
+        return TextError(0.0, documents)
     if not np.isfinite(nats).all():
-        return math.inf
+        return TextError(math.inf, documents)
     ratio = nats.sum() / tokens.sum()
     residuals = nats - ratio * tokens
     variance = documents / (documents - 1) * float(np.square(residuals).sum())
-    return math.sqrt(variance) / float(tokens.sum())
+    return TextError(math.sqrt(variance) / float(tokens.sum()), documents)
 
 
 def judge(estimate: Estimate, relation: str, margin: float) -> State:

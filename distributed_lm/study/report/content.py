@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from distributed_lm.evaluation.early_tokens import context_curve, decompose
 from distributed_lm.study.claims import Verdict, judge_claims
@@ -59,7 +60,7 @@ def study_content(study: Study) -> Content:
         claims=_claims_table(judge_claims(study, measures)) if study.claims else None,
         tables=[table for table in tables if table is not None and table.rows],
         setup=[
-            ("again", f"distributed-lm study {study.path}"),
+            ("again", " ".join(["distributed-lm study", str(study.path), *study.overrides])),
             ("seeds", ", ".join(map(str, study.seeds))),
             *setup_of(measures),
         ],
@@ -105,7 +106,10 @@ def early_token_table(runs: RunSet) -> Table:
     rows = []
     for arm in runs.arms:
         length = runs.any_config(arm).data.sequence_length
-        scored = [runs.results(arm, seed, "context") for seed in runs.seeds_of(arm)]
+        scored = [
+            [one for one in runs.results(arm, seed, "context") if not one.gap]
+            for seed in runs.seeds_of(arm)
+        ]
         found = [
             decompose(context_curve(results), length, 2 * length)
             for results in scored
@@ -173,12 +177,13 @@ def _same_tokens(runs: RunSet) -> str:
         ledgers = {
             arm: runs.curve(arm, seed).digests for arm in runs.arms if seed in runs.configs[arm]
         }
-        for arm, ledger in ledgers.items():
-            for other, theirs in ledgers.items():
-                common = ledger.keys() & theirs.keys()
-                if any(ledger[step] != theirs[step] for step in common):
-                    return f"DIFFERENT: {arm} and {other} with seed {seed}"
-                compared += len(common) if arm < other else 0
+        for arm, other in combinations(ledgers, 2):
+            common = ledgers[arm].keys() & ledgers[other].keys()
+            if any(ledgers[arm][step] != ledgers[other][step] for step in common):
+                return f"DIFFERENT: {arm} and {other} with seed {seed}"
+            compared += len(common)
+    if not compared:
+        return "not compared: no two runs have a seed and a recorded step in common"
     return f"the same in all arms of a seed ({compared} digests compared)"
 
 
@@ -253,7 +258,7 @@ def _perplexity(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     low, high = estimate.interval()
-    if math.isinf(high) or not math.isfinite(estimate.mean):
+    if not high < 700 or not math.isfinite(estimate.mean):
         return _exp(estimate.mean)
     return f"{_exp(estimate.mean)} ± {(math.exp(high) - math.exp(low)) / 2:.2g}"
 
@@ -309,20 +314,22 @@ def _equal_time_table(study: Study, measures: Measures) -> Table | None:
             if halted_step is not None
         ]
         ties = [measures.break_even(short, full, seed) for seed in study.seeds]
+        times = [measures.time_to_loss(short, full, seed) for seed in study.seeds]
         rows.append(
             [
                 f"{short} against {full.name}, at {full.length}",
                 "–" if ratio is None else f"{ratio:.3f}",
                 _perplexity(measures.mean_loss(short, full.length)),
                 _perplexity(measures.mean_loss(full.name, full.length)),
-                _mean_perplexity(halted),
+                _mean_perplexity(halted) + (" (not halted)" if ratio and ratio >= 1 else ""),
                 _perplexity(measures.mean_loss(arm.name, full.length)),
-                ", ".join("never" if tie is None else f"{tie:.2f}" for tie in ties),
+                ", ".join(_tie(tie) for tie in ties),
+                ", ".join("–" if time is None else f"{time:.2f}" for time in times),
             ]
         )
     heads = [
         "arms", "time ratio", "short", "long, equal updates", "long, halted",
-        "long, re-annealed", "break-even speed ratio by seed",
+        "long, re-annealed", "break-even speed ratio by seed", "time to equal loss by seed",
     ]  # fmt: skip
     return Table(
         "At equal updates and at equal time",
@@ -332,9 +339,16 @@ def _equal_time_table(study: Study, measures: Measures) -> Table | None:
         "one in all, its schedule unfinished, as in the paper's Table 11. Re-annealed: trained "
         "anew, the schedule ending there. Break-even: how many times faster the short arm would "
         "have to be for the halted one to be as good; never = the long arm is not as good even at "
-        "its end.",
+        "its end. Time to equal loss: the short arm's over the long one's, the mean over five "
+        "losses at the long length (the paper: 11% faster).",
         "equal_time",
     )
+
+
+def _tie(ratio: float | None) -> str:
+    if ratio is None:
+        return "never"
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 def _mean_perplexity(losses: Sequence[float | None]) -> str:
@@ -366,8 +380,9 @@ def _speed_table(study: Study, measures: Measures) -> Table | None:
         "Speed and memory of a training step",
         ["arm", "attention", "tokens/s", "spread", "peak memory (MB)"],
         rows,
-        f"Median of {study.speed.rounds} short runs, in turns and one at a time; spread is largest "
-        "− smallest over the median. Memory is the largest rank's, on a CPU the whole process's.",
+        f"Median of {study.speed.rounds} short runs, in turns and one at a time (under Slurm "
+        "perhaps on different nodes); spread is largest − smallest over the median. Memory is the "
+        "largest rank's, on a CPU the whole process's.",
         "speed",
     )
 

@@ -86,6 +86,8 @@ def _extrapolation(canvas: Any, runs: RunSet) -> bool:
         axes.axvline(length, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    if not np.isfinite(best):
+        return False
     axes.set_ylim(best * 0.95, min(axes.get_ylim()[1], best * TALLEST))
     axes.set_xticks(lengths, labels=[str(length) for length in lengths])
     axes.minorticks_off()

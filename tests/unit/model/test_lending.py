@@ -38,6 +38,11 @@ def microbatches() -> list[Tensor]:
     ]
 
 
+def close(one: Tensor, other: Tensor) -> None:
+    """Equal but for rounding: without gradients sdpa takes smaller chunks of queries."""
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_those_of_direct_use(recompute: bool) -> None:
     """Backward in another order than forward, as virtual stages do it."""
@@ -48,13 +53,13 @@ def test_gradients_are_those_of_direct_use(recompute: bool) -> None:
     expected = [run_layers(hidden, direct, recompute=False) for hidden in expected_inputs]
     live = [run_layers(lent.lend(hidden), lent.copy, recompute) for hidden in inputs]
     for one, other in zip(expected, live, strict=True):
-        torch.testing.assert_close(one, other)  # chunks of queries are smaller without gradients
+        close(one, other)
         one.square().sum().backward()
         other.square().sum().backward()
-    torch.testing.assert_close(lent.owner.table.grad, direct.table.grad)
+    close(lent.owner.table.grad, direct.table.grad)
     assert len(arrivals) == MICROBATCHES  # one part for each, whatever the number of layers
     for one, other in zip(expected_inputs, inputs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        close(one.grad, other.grad)
 
 
 class Leaf(PositionMethod):

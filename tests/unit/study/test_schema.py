@@ -94,7 +94,7 @@ def test_a_run_made_with_other_settings_is_not_taken_for_this_one(tiny: Study) -
         ({"seeds": [1, 1]}, "given twice"),
         ({"seeds": [1, 9]}, "tuning.seed=9 is one of"),
         ({"tokens_per_update": 500}, "not a multiple of 32"),
-        ({"tokens_per_microbatch": 16}, "less than one sequence of sinusoidal-32"),
+        ({"tokens_per_microbatch": 48}, "48 is not a multiple of the 32 tokens of sinusoidal-32"),
         ({"arms": [{"name": "a", "position": "alibi", "length": 16}] * 2}, "two are called a"),
         ({"claims": [claim("c", ("nobody", 16), (LONG, 16), within=1.0)]}, "no arm nobody"),
         ({"claims": [claim("c", (LONG, 16), (LONG, 16))]}, "exactly one of"),
@@ -146,7 +146,7 @@ def test_slurm_stages_are_what_the_launcher_takes(tiny: Study) -> None:
     graph = load_graph(path)
     assert [(stage.name, stage.after) for stage in graph.stages] == [
         ("tune", ()),
-        ("speed", ()),
+        ("speed", ("tune",)),
         ("choose", ("tune", "speed")),
         ("train", ("choose",)),
         ("evaluate", ("train",)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from distributed_lm.study.statistics import judge, paired, text_standard_error
+from distributed_lm.study.statistics import TextError, judge, paired, text_error
 
 
 def test_interval_is_students():
@@ -23,7 +23,7 @@ def test_one_pair_says_nothing():
 
 
 def test_the_texts_error_widens_the_interval():
-    alone, with_text = paired([1.0, 1.1, 0.9]), paired([1.0, 1.1, 0.9], text_error=0.2)
+    alone, with_text = paired([1.0, 1.1, 0.9]), paired([1.0, 1.1, 0.9], TextError(0.2, 50))
     assert with_text.standard_error == pytest.approx(math.hypot(alone.standard_error, 0.2))
     assert with_text.detectable > alone.detectable
 
@@ -52,14 +52,14 @@ def test_verdicts(differences, relation, margin, state):
 def test_a_detectable_difference_is_found_four_times_in_five():
     """The minimum detectable effect is what it says, by simulation with the true spread."""
     rng = np.random.default_rng(0)
-    pairs, spread = 8, 1.0
+    pairs, spread = 3, 1.0
     known = paired(list(rng.normal(size=pairs)))
     effect = known.detectable / known.standard_error * spread / math.sqrt(pairs)
     found = [
         judge(paired(list(rng.normal(effect, spread, pairs))), "greater_than", 0.0) == "holds"
         for _ in range(2000)
     ]
-    assert 0.75 < np.mean(found) < 0.87
+    assert 0.77 < np.mean(found) < 0.83
 
 
 def test_intervals_cover_the_truth():
@@ -78,7 +78,16 @@ def test_texts_error_is_that_of_resampled_documents():
     resampled = [
         nats[index].sum() / tokens[index].sum() for index in rng.integers(0, 200, size=(3000, 200))
     ]
-    assert text_standard_error(nats, tokens) == pytest.approx(np.std(resampled), rel=0.06)
+    error = text_error(nats, tokens)
+    assert error.size == pytest.approx(np.std(resampled), rel=0.06)
     # Documents that were not scored change nothing.
     padded = [np.append(values, np.zeros(50)) for values in (nats, tokens)]
-    assert text_standard_error(*padded) == pytest.approx(text_standard_error(nats, tokens))
+    assert text_error(*padded).size == pytest.approx(error.size)
+    assert text_error(*padded).documents == error.documents == 200
+
+
+def test_few_documents_are_few_degrees_of_freedom() -> None:
+    alike = [1.0, 1.0 + 1e-9, 1.0 - 1e-9]
+    many, two = (paired(alike, TextError(0.1, documents)) for documents in (1000, 2))
+    assert many.interval()[1] == pytest.approx(1.0 + 1.962 * 0.1, rel=1e-3)
+    assert two.interval()[1] == pytest.approx(1.0 + 12.706 * 0.1, rel=1e-3)
