@@ -41,7 +41,7 @@ def test_config_trains_when_shrunk(path: Path, demo_data: Path, tmp_path: Path) 
     run_distributed(train_run, 1, config)
     records = Runs.records(config)
     assert [line["step"] for line in records["train"]] == [1, 2]
-    assert [line["length"] for line in records["evaluation"]] == list(config.evaluation.lengths)
+    assert [line["length"] for line in records["evaluation"]] == list(config.evaluation_lengths)
 
 
 def readme_commands() -> list[str]:
