@@ -152,7 +152,7 @@ def train_and_watch_syncs(config: RunConfig) -> tuple[int, list[str]]:
         synced.write(struct.pack("Q", os.stat(descriptor).st_ino))
 
     def check(event: str, path: str) -> None:
-        if event == "os.rename" and Path(path).name.startswith("step_"):
+        if event == "os.rename" and Path(path).parent.name == "checkpoints":
             [unfinished] = checkpoints.glob(f".{Path(path).name}.*.tmp")
             files = [unfinished, *unfinished.iterdir()]
             late.extend(file.name for file in files if file.stat().st_ino not in inodes())
