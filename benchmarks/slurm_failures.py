@@ -59,7 +59,7 @@ FAILURES: tuple[tuple[str, Failure], ...] = (
     ("warning signal or end of the allocation", warning),
     ("preemption", preemption),
     ("a rank is killed", killed_rank),
-    ("a rank hangs (timeout of 8 s)", stopped_rank),
+    ("a rank hangs (timeout of 12 s)", stopped_rank),
     ("power cut of the first node", power_cut("node1")),
     ("power cut of another node", power_cut("node2")),
     ("another node's link is cut", cut_link),
@@ -70,7 +70,7 @@ def measure(name: str, fail: Failure, data: Path, folder: Path) -> tuple[int, fl
     """Steps done twice, seconds to the next new step, and where the run went on."""
     with SlurmCluster() as cluster:
         job = Jobs(cluster, data, folder).launch(
-            name, "supervision.hang_timeout_seconds=8", exclusive=True
+            name, "supervision.hang_timeout_seconds=12", exclusive=True
         )
         job.reach(17)
         failed_at = time.time()
