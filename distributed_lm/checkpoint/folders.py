@@ -114,6 +114,8 @@ def prune(config: RunConfig, newest_whole: int) -> list[str]:
     for step in superseded(saved_steps(config.run_dir), config.checkpoint, newest_whole):
         try:
             remove(config.run_dir, step)
+        except FileNotFoundError:
+            continue  # a removal given up on, as the disk was silent, came through after all
         except OSError as error:
             path = checkpoint_path(config.run_dir, step)
             problems.append(f"{path}: not deleted ({error.strerror})")

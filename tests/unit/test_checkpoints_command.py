@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distributed_lm import checkpoints as module
-from distributed_lm.checkpoint.folders import checkpoint_path, saved_steps
+from distributed_lm.checkpoint import folders
+from distributed_lm.checkpoint.folders import checkpoint_path, prune, saved_steps
 from distributed_lm.checkpoint.manifest import write_manifest
 from distributed_lm.checkpoints import Action, checkpoints
 from distributed_lm.config import load_config
@@ -63,6 +64,17 @@ def test_prune_keeps_the_newest_whole_one(run_dir: Path) -> None:
     damage(run_dir, 40)
     checkpoints(run_dir, Action.prune)
     assert saved_steps(run_dir) == [20, 30, 40]
+
+
+def test_prune_does_not_mind_what_another_deleted_meanwhile(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [5, *saved_steps(run_dir)]  # a removal under way took step 5 after the listing
+    monkeypatch.setattr(folders, "saved_steps", lambda _run_dir: listed)
+    here = [f"output_dir={run_dir.parent}", f"name={run_dir.name}"]
+    assert prune(load_config(str(run_dir / "config.yaml"), here), newest_whole=40) == []
+    monkeypatch.undo()
+    assert saved_steps(run_dir) == [30, 40]
 
 
 def test_prune_is_refused_while_the_run_is_at_work(run_dir: Path) -> None:
