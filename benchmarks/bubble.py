@@ -92,8 +92,9 @@ def _start(size: dict[str, int], chunks: int, count: int) -> Ranks:
 
 def build_schedule(config: RunConfig) -> Turn:
     """On every rank: forward and backward of a batch, without reduction or optimizer."""
+    from benchmarks.engines import build_engine
     from distributed_lm.pipeline import run_schedule
-    from tests.support.training import build_engine, random_microbatches
+    from tests.support.training import random_microbatches
 
     engine, groups = build_engine(config)
     microbatches = random_microbatches(config, groups, 0)

