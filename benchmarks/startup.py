@@ -58,7 +58,8 @@ def measure(options: argparse.Namespace) -> Result:
                 module("launch", "slurm", SMOKE, *place, *test_cluster, "--dry-run"),
             ),
         }
-        if has_command("plan"):
+        has_plan = has_command("plan")
+        if has_plan:
             plan = module("distributed_lm", "plan", PAPER, *cluster)
             cases["distributed-lm plan"] = (PLAN_LIMIT, plan)
         timed = {name: case for name, (_, case) in cases.items()}
@@ -66,8 +67,8 @@ def measure(options: argparse.Namespace) -> Result:
         for name, (limit, _) in cases.items():
             result.rows.append(_row(name, samples[name], limit))
         if not options.light:
-            _measure_first_step(result, folder, place, options.rounds)
-    if not has_command("plan"):
+            _measure_first_step(result, folder, place, min(3, options.rounds))
+    if not has_plan:
         result.rows.append({"what": "distributed-lm plan", "seconds": "no such command",
                             "limit, s": PLAN_LIMIT, "within": ""})  # fmt: skip
     libraries = samples["import of the command line's libraries"]

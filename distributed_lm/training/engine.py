@@ -105,7 +105,11 @@ class TrainingEngine:
         self.deepspeed = _initialize_quietly(
             model=Chunks(stages),
             optimizer=self.optimizer,
-            config=deepspeed_config(config, groups.layout.data),
+            config=deepspeed_config(
+                config,
+                groups.layout.data,
+                largest_parameter=max(shard.parameter.numel() for shard in self.shards),
+            ),
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
@@ -214,8 +218,14 @@ def _initialize_quietly(**arguments: Any) -> Any:
     return engine
 
 
-def deepspeed_config(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
-    """DeepSpeed's own config, derived: nothing of it is the user's to write twice."""
+def deepspeed_config(
+    config: RunConfig, data_parallel_size: int, largest_parameter: int
+) -> dict[str, Any]:
+    """DeepSpeed's own config, derived: nothing of it is the user's to write twice.
+
+    Args:
+        largest_parameter: elements of the largest of this rank's.
+    """
     micro = config.batch.micro_batch_size
     settings: dict[str, Any] = {
         "train_batch_size": micro * data_parallel_size,
@@ -224,9 +234,13 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int) -> dict[str, An
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.zero.stage, "overlap_comm": False},
+        "zero_optimization": {"stage": config.zero.stage, "overlap_comm": config.zero.stage == 2},
         "steps_per_print": 2**31,
     }
+    if config.zero.stage == 2:
+        # Reduced while backward goes on, bucket by bucket. DeepSpeed's own bucket of 5e8 elements
+        # would leave a third of a 1.3B model's gradients for after it, and takes twice its size.
+        settings["zero_optimization"]["reduce_bucket_size"] = largest_parameter
     if config.precision != "fp32":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"

@@ -112,6 +112,31 @@ def test_recompute_computes_attention_twice(recompute: str, times: int) -> None:
     assert run_distributed(count_attention_calls, 1, config) == [5 * times]
 
 
+def count_reductions_in_backward(config: RunConfig) -> tuple[bool, list[int]]:
+    """Whether they overlap, and elements of each while backward was still to reach the embedding,
+    whose gradient is the last."""
+    engine, groups = build_engine(config)
+    optimizer = engine.deepspeed.optimizer
+    sizes, reduce = [], optimizer.average_tensor
+    optimizer.average_tensor = lambda tensor, *rest: (
+        sizes.append(tensor.numel()) or reduce(tensor, *rest)
+    )
+    early: list[int] = []
+    weight = engine.stages[0].embedding.weight
+    weight.register_hook(lambda _: early.extend(sizes))
+    engine.train_step(random_microbatches(config, groups, 0)[:1], 1e-3)
+    return optimizer.overlap_comm, early
+
+
+def test_zero2_reduces_while_backward_goes_on() -> None:
+    config = tiny_config(zero={"stage": 2})
+    for overlaps, early in run_distributed(count_reductions_in_backward, 2, config):
+        assert overlaps
+        # Five layers of 50k elements, in buckets of the largest matrix's 16k.
+        assert len(early) >= 5
+        assert max(early) <= 4 * 64 * 64
+
+
 def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """One NaN for one token."""
     output = output.clone()
