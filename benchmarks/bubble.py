@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 from contextlib import ExitStack
+
 import torch
 
 from benchmarks import harness
@@ -71,7 +72,9 @@ def bubbles(seconds: dict[int, tuple[float, ...]]) -> dict[int, list[float]]:
     Args:
         seconds: by number of microbatches, the rounds.
     """
-    rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values())]
+    rounds = [
+        dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)
+    ]
     return {
         count: [values[count] / (count * _slope(values)) - 1 for values in rounds]
         for count in seconds

