@@ -133,7 +133,8 @@ def _measure_loading(result: Result, folder: Path, options: argparse.Namespace) 
     copy, copied = harness.copy_case(CPU)
     samples = harness.alternate({"batches": batches, "copy": copy}, 2 * options.rounds, CPU)
     tokens = 4 * LENGTH * SEQUENCES
-    result.rows.append(_row("batches of one rank", samples["batches"].median, 2 * tokens, tokens))
+    seconds = samples["batches"].median
+    result.rows.append(_row("batches of one rank", seconds, 2 * tokens, tokens, is_fed=True))
     result.ceilings["memory copy, GB/s"] = copied / samples["copy"].median / 1e9
     # Tokens and labels leave as int64 each: what a copy of as many bytes would take.
     result.ratios["batches: bytes/s to memory copy"] = Ratio.of(
@@ -187,14 +188,14 @@ def _config(corpus: Path, tokens: int) -> RunConfig:
     )
 
 
-def _row(name: str, seconds: float, size: int, tokens: int) -> dict[str, Any]:
-    """``size`` in bytes, 0 where a rate would say nothing."""
+def _row(name: str, seconds: float, size: int, tokens: int, is_fed: bool = False) -> dict[str, Any]:
+    """``size`` in bytes, 0 where a rate would say nothing; ``is_fed`` to a GPU."""
     return {
         "what": name,
         "seconds": seconds,
         "MB/s": size / seconds / 1e6 if size else "",
         "tokens/s": tokens / seconds if size else "",
-        "× a GPU's 62,000": tokens / seconds / GPU_TOKENS_PER_SECOND if size else "",
+        "× a GPU's 62,000": tokens / seconds / GPU_TOKENS_PER_SECOND if is_fed else "",
     }
 
 

@@ -26,7 +26,7 @@ def verdicts(measured: dict[str, float]) -> dict[str, Verdict]:
 
 
 def test_ratios_within_their_tolerance_hold() -> None:
-    judgements = gate.compare({"parallel: tensor": 0.6, "data: batches": 9.0}, RECORDED)
+    judgements = gate.compare({"parallel: tensor": 0.601, "data: batches": 9.0}, RECORDED)
     assert [judgement.verdict for judgement in judgements] == [Verdict.held, Verdict.held]
     assert not any(judgement.is_bad for judgement in judgements)
     assert judgements[0].limit == pytest.approx(0.6)
