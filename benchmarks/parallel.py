@@ -2,7 +2,8 @@
 
 Two processes of half the cores each against one process with all of them, same model, same global
 batch: tokens per second of whole training steps, on CPUs with gloo. All are alive at once and take
-turns. The last row gives each of the two processes all the cores, which a launcher must not do.
+turns. The last row gives each of the two processes all the cores, against the launcher's habit of
+sharing them out.
 
     python -m benchmarks.parallel [--light]
 """
