@@ -199,10 +199,11 @@ class TrainingEngine:
             scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
             for shard in self.shards:
                 shard.parameter.grad.mul_(scale)  # type: ignore[union-attr]
-        self.optimizer.skip_update |= not bool(torch.isfinite(norm))
+        grad_norm = float(norm)
+        self.optimizer.skip_update |= not math.isfinite(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return grad_norm
 
 
 def _initialize_quietly(**arguments: Any) -> Any:
