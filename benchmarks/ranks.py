@@ -77,7 +77,10 @@ class Ranks:
             if not connection.poll(timeout_seconds):
                 self.close()
                 raise RuntimeError(f"rank {rank} did not answer in {timeout_seconds:.0f} s")
-            is_well, value = connection.recv()
+            try:
+                is_well, value = connection.recv()
+            except EOFError:
+                is_well, value = False, "it died without a word"
             if not is_well:
                 self.close()
                 raise RuntimeError(f"rank {rank} failed:\n{value}")
