@@ -100,11 +100,21 @@ class Result:
             console.print(f"ratio: {name} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Adds ``--rounds`` and ``--output``, parses, and quiets the engines."""
+def main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Result]) -> None:
+    """What ``python -m benchmarks.NAME`` does. Every benchmark module has a ``parser()`` for its
+    own options and a ``measure(options)``."""
+    options = arguments(parser)
+    measure(options).write(options.output)
+
+
+def arguments(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Adds ``--rounds`` and ``--output``, parses ``given`` (off: the command line), and quiets the
+    engines."""
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(given)
     platform.quiet_engines()
     return parsed
 
