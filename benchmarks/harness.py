@@ -5,6 +5,8 @@ is the median of the rounds' ratios: what slows a whole round down cancels.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -23,6 +25,9 @@ from rich.table import Table
 from distributed_lm import platform
 
 RESULTS = Path(__file__).parent / "results"
+
+MOST_CALLS = 1000
+"""In one timing."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class Result:
     """What this machine can do at best, measured in the same run; the unit is in the name."""
     ratios: dict[str, Ratio] = field(default_factory=dict)
     """What the regression gate compares: higher is better."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """What could not be measured here, and why."""
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Prints the table and writes ``folder/DEVICE/NAME.json``."""
@@ -79,6 +86,7 @@ class Result:
             "machine": machine(),
             "ceilings": self.ceilings,
             "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
+            "absent": self.absent,
             "rows": self.rows,
         }
         self._print()
@@ -94,6 +102,8 @@ class Result:
             for row in self.rows:
                 table.add_row(*(_text(value) for value in row.values()))
             console.print(table)
+        for name, reason in self.absent.items():
+            console.print(f"not measured: {name}: {reason}")
         for name, value in self.ceilings.items():
             console.print(f"ceiling: {name} {_text(value)}")
         for name, ratio in self.ratios.items():
@@ -120,25 +130,67 @@ def arguments(
 
 
 def alternate(
-    cases: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    seconds_each: float = 0.0,
 ) -> dict[str, Samples]:
-    """Time all cases ``rounds`` times, one after the other in each round, after ``warmup``."""
+    """Time all cases ``rounds`` times, one after the other in each round, after ``warmup``.
+
+    A case that takes less than ``seconds_each`` is called again and again for about as long in each
+    round: launching one short kernel takes longer than the kernel does.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    calls = dict.fromkeys(cases, 1)
     for turn in range(warmup + rounds):
         for name, case in cases.items():
-            elapsed = timed(case, device)
+            elapsed = timed(case, device, calls[name])
             if turn >= warmup:
                 seconds[name].append(elapsed)
+            elif turn == warmup - 1 and seconds_each > 0.0:
+                again = timed(case, device)  # the first call may have compiled
+                calls[name] = max(1, min(MOST_CALLS, round(seconds_each / again)))
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def timed(case: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, waiting for the device before and after."""
+def timed(case: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call of ``calls``, waiting for the device before and after them all."""
     synchronize(device)
     start = time.perf_counter()
-    case()
+    for _ in range(calls):
+        case()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
+
+
+def peak_memory_bytes(case: Callable[[], Any], device: torch.device) -> int:
+    """What one call takes at most beyond what is there before it: allocated on the GPU, resident on
+    a CPU. Call it once before, so that what is kept for the next call is there."""
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    reset_peak_resident_bytes()
+    before = resident_bytes("VmRSS")
+    case()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def reset_peak_resident_bytes() -> None:
+    """Give freed memory back to Linux, and let this process' ``VmHWM`` begin again."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (at most) of this process."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if field in line]
+    return int(line.split()[1]) * 1024
 
 
 def synchronize(device: torch.device) -> None:
@@ -185,14 +237,19 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit, marked where the working tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit, marked where the working tree differs from it in more than results."""
+    but_results = ["--", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs"]
     try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
+        name = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", *but_results)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
     return found.stdout.strip()
 
 
@@ -217,6 +274,8 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
