@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -75,6 +76,8 @@ class Result:
     """What the regression gate compares: higher is better."""
     absent: dict[str, str] = field(default_factory=dict)
     """What could not be measured here, and why."""
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+    """Mean number of processes that wanted a core in the minute before: noise, unless near 0."""
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Prints the table and writes ``folder/DEVICE/NAME.json``."""
@@ -84,6 +87,7 @@ class Result:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine(),
+            "load": self.load,
             "ceilings": self.ceilings,
             "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
             "absent": self.absent,
