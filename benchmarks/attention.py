@@ -35,6 +35,7 @@ TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 # [B, N, L, L] fp32 that the reference has at once: scores, with bias, weights, and two gradients.
 REFERENCE_COPIES = 5
 LENGTHS = {"cpu": "512,1024,2048,4096", "cuda": "512,1024,2048,4096,8192,16384"}
+LONGEST_FP32 = {"cpu": 16384, "cuda": 1024}
 # A GPU needs many tokens to be busy; on a CPU more only take longer.
 TOKENS = {"cpu": 2048, "cuda": 16384}
 HEADS = {"cpu": 4, "cuda": 16}
@@ -72,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", default=LENGTHS[device], help="tokens, with commas")
     parser.add_argument("--head-dims", default="64,128")
     parser.add_argument("--precisions", default="bf16,fp32")
+    longest = LONGEST_FP32[device]
+    parser.add_argument("--longest-fp32", type=int, default=longest, help="tokens")
     parser.add_argument("--heads", type=int, default=HEADS[device])
     parser.add_argument("--tokens", type=int, default=TOKENS[device], help="per batch")
     return parser
@@ -85,6 +88,7 @@ def measure(options: argparse.Namespace) -> Result:
         for precision in options.precisions.split(",")
         for head_dim in _numbers(options.head_dims)
         for length in _numbers(options.lengths)
+        if precision != "fp32" or length <= options.longest_fp32
     ]
     limit = memory_limit(device)
     for dtype in dict.fromkeys(shape.dtype for shape in shapes):
@@ -204,7 +208,24 @@ def _measure_shape(
     fastest = min(
         (both[name] for name in running if name in BACKENDS), key=lambda case: case.median
     )
-    result.ratios[f"no bias / ALiBi's fastest, {shape.name}"] = both[BASELINE].ratio_to(fastest)
+    ratio = both[BASELINE].ratio_to(fastest)
+    result.ratios[f"no bias / ALiBi's fastest, {shape.name}"] = ratio
+    rates = {
+        f"{name}, TFLOP/s": shape.flops(PASSES[-1]) / both[name].median / 1e12
+        if name in both
+        else None
+        for name in (BASELINE, FLASH_BASELINE, *BACKENDS)
+    }
+    result.summary.append(
+        {
+            "precision": dtype_name(shape.dtype),
+            "head dim": shape.head_dim,
+            "L": shape.length,
+            **rates,
+            "matrix product, TFLOP/s": ceiling,
+            "no bias / ALiBi's fastest": ratio.value,
+        }
+    )
     return ceiling
 
 

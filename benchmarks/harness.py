@@ -70,6 +70,8 @@ class Result:
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The table; all rows have the same keys, and units stand in the keys."""
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    """Where the table is long, a short one of what it comes to."""
     ceilings: dict[str, float] = field(default_factory=dict)
     """What this machine can do at best, measured in the same run; the unit is in the name."""
     ratios: dict[str, Ratio] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Result:
             "ceilings": self.ceilings,
             "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
             "absent": self.absent,
+            "summary": self.summary,
             "rows": self.rows,
         }
         self._print()
@@ -101,9 +104,9 @@ class Result:
 
     def _print(self) -> None:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        if self.rows:
-            table = Table(*self.rows[0], title=self.benchmark)
-            for row in self.rows:
+        for rows in filter(None, (self.rows, self.summary)):
+            table = Table(*rows[0], title=self.benchmark)
+            for row in rows:
                 table.add_row(*(_text(value) for value in row.values()))
             console.print(table)
         for name, reason in self.absent.items():
@@ -172,29 +175,30 @@ def peak_memory_bytes(case: Callable[[], Any], device: torch.device) -> int:
     """What one call takes at most beyond what is there before it: allocated on the GPU, resident on
     a CPU. Call it once before, so that what is kept for the next call is there."""
     gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        case()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    reset_peak_resident_bytes()
-    before = resident_bytes("VmRSS")
+    synchronize(device)
+    forget_peak_memory(device)
+    before = peak_memory_so_far(device)
     case()
-    return max(0, resident_bytes("VmHWM") - before)
+    synchronize(device)
+    return peak_memory_so_far(device) - before
 
 
-def reset_peak_resident_bytes() -> None:
-    """Give freed memory back to Linux, and let this process' ``VmHWM`` begin again."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+def forget_peak_memory(device: torch.device) -> None:
+    """The peak becomes what is there now. On a CPU freed memory is given back to Linux first."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident_bytes(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (at most) of this process."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if field in line]
-    return int(line.split()[1]) * 1024
+def peak_memory_so_far(device: torch.device) -> int:
+    """Bytes since ``forget_peak_memory``: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [most] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(most.split()[1]) * 1024  # given in kB
 
 
 def synchronize(device: torch.device) -> None:
