@@ -107,12 +107,12 @@ class Result:
         for rows in filter(None, (self.rows, self.summary)):
             table = Table(*rows[0], title=self.benchmark)
             for row in rows:
-                table.add_row(*(_text(value) for value in row.values()))
+                table.add_row(*(shown(value) for value in row.values()))
             console.print(table)
         for name, reason in self.absent.items():
             console.print(f"not measured: {name}: {reason}")
         for name, value in self.ceilings.items():
-            console.print(f"ceiling: {name} {_text(value)}")
+            console.print(f"ceiling: {name} {shown(value)}")
         for name, ratio in self.ratios.items():
             console.print(f"ratio: {name} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
 
@@ -281,7 +281,8 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A table's cell: four digits, or whole numbers from 1,000 on; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
