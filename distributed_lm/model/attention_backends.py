@@ -25,6 +25,11 @@ Attend = Callable[..., Tensor]
 # Largest bias kept at once, in fp32 elements (256 MiB): longer inputs go through in query chunks.
 MAX_BIAS_ELEMENTS = 1 << 26
 
+# Queries of one call to SDPA on a CPU, whose kernel reads a mask but skips nothing for it: chunks
+# leave out the keys that no query of theirs sees, nearly half of all in the end. Shorter ones skip
+# more and lose as much to smaller matrix products.
+CPU_QUERIES = 256
+
 # FlexAttention is compiled for each shape: training, the proof and every evaluated length, with and
 # without gradients. Past torch's default of 8 it would run unfused, the whole matrix of scores in
 # memory.
@@ -77,13 +82,21 @@ def sdpa(
     heads = query_BNQH.size(1) if position.has_bias else 1
     # Without gradients the inputs are long and nothing is kept: a quarter does.
     kept = MAX_BIAS_ELEMENTS if torch.is_grad_enabled() else MAX_BIAS_ELEMENTS // 4
-    chunk = max(1, kept // (heads * num_keys))
+    bias_queries = max(1, kept // (heads * num_keys))
+    chunk = bias_queries if query_BNQH.is_cuda else min(bias_queries, CPU_QUERIES)
     first = num_keys - num_queries
+    device = query_BNQH.device
+    whole = None
+    if bias_queries >= num_queries:  # every layer of a stage asks for the same
+        whole = causal_bias(position, range(first, num_keys), num_keys, device)
     outputs = []
     for start in range(0, num_queries, chunk):
         stop = min(start + chunk, num_queries)
         visible = first + stop  # no query of this chunk sees past it
-        bias = causal_bias(position, range(first + start, visible), visible, query_BNQH.device)
+        if whole is not None:
+            bias = whole[:, start:stop, :visible]
+        else:
+            bias = causal_bias(position, range(first + start, visible), visible, device)
         outputs.append(
             F.scaled_dot_product_attention(
                 query_BNQH[:, :, start:stop],

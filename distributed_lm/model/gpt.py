@@ -35,7 +35,7 @@ from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
 from distributed_lm.model.core_attention import CoreAttention
-from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
+from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout
 from distributed_lm.model.loss import OutputLayer, TokenLosses
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
@@ -283,7 +283,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
             backend=backend,
             dropout=config.model.dropout.attention,
         ),
-        linear_proj=tensor_parallel.RowParallelLinear,
+        linear_proj=RowParallelLinear,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -301,7 +301,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
                 submodules=MLPSubmodules(
                     linear_fc1=tensor_parallel.ColumnParallelLinear,
                     linear_fc2=ModuleSpec(
-                        module=DropoutRowParallelLinear,
+                        module=RowParallelLinear,
                         params={"dropout": config.model.dropout.activation},
                     ),
                 ),
