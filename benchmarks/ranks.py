@@ -8,39 +8,47 @@ import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
 
 from tests.support.ranks import CONTEXT, become_rank, free_port
 
-BUILD_SECONDS = 120.0
+BUILD_SECONDS = 300.0
 TURN_SECONDS = 300.0
 
 Turn = Callable[..., Any]
 
 
 class Ranks:
-    """``world_size`` processes on this machine's CPU that each built a ``Turn``.
+    """``world_size`` processes on this machine that each built a ``Turn``.
 
     Args:
         build: called once on every rank; what it returns is a turn.
         arguments: of ``build``.
         threads: of each rank, as a launcher would set them.
+        context: how processes are made; ``spawn`` for one that owns the GPU, since the fork server
+            has the engines loaded for CPUs.
 
     Raises:
         RuntimeError: from any method, with the traceback of a rank that failed.
     """
 
     def __init__(
-        self, build: Callable[..., Turn], *arguments: Any, world_size: int, threads: int
+        self,
+        build: Callable[..., Turn],
+        *arguments: Any,
+        world_size: int,
+        threads: int,
+        context: BaseContext = CONTEXT,
     ) -> None:
         port = free_port()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(
+            ours, theirs = context.Pipe()
+            process = context.Process(
                 target=_main, args=(theirs, rank, world_size, port, threads, build, arguments)
             )
             process.start()

@@ -34,9 +34,10 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
-from distributed_lm.model.chunked_loss import losses_in_chunks
+from distributed_lm.model.compilation import compile_layers, wants_compilation
 from distributed_lm.model.core_attention import CoreAttention
-from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
+from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout
+from distributed_lm.model.loss import OutputLayer, TokenLosses
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
 from distributed_lm.model.positions.lending import LentPosition
@@ -105,7 +106,7 @@ class GPTStage(MegatronModule):
             tied = self.embedding if pre_process else None
             self.output_layer = AdaptiveSoftmax(config, model, vocab_size, groups, tied)
         elif post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 model.hidden_size,
                 vocab_size,
                 config=config,
@@ -139,10 +140,15 @@ class GPTStage(MegatronModule):
             return self.embedding.weight
         return self.output_layer.weight if self.post_process else None
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
-        with labels), or this rank's logits [S, B, V] (last stage without; an adaptive softmax gives
-        the log probabilities of the whole vocabulary)."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> Tensor | TokenLosses:
+        """Hidden states [S, B, D] (not the last stage), losses (last stage with labels), or this
+        rank's logits [S, B, V] (last stage without; an adaptive softmax gives the log probabilities
+        of the whole vocabulary)."""
         hidden = self._embed(tokens_BS) if self.pre_process else self.decoder.input_tensor
         hidden = self.lent_position.lend(hidden)
         if not self.pre_process:  # then the decoder takes it from there only
@@ -151,17 +157,10 @@ class GPTStage(MegatronModule):
         if not self.post_process:
             return hidden
         if self.is_adaptive:
-            return self.output_layer(hidden, labels_BS)
+            return self.output_layer(hidden, labels_BS, mask_BS)
         tied = self.share_embeddings_and_output_weights and self.pre_process
         weight = self.embedding.weight if tied else None
-        if labels_BS is None:
-            return self.output_layer(hidden, weight=weight)[0]
-        return losses_in_chunks(
-            hidden,
-            labels_BS,
-            lambda part: self.output_layer(part, weight=weight)[0],
-            self.output_layer.output_size,
-        )
+        return self.output_layer(hidden, labels_BS, mask_BS, weight=weight)
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         """[S, B, D], or with sequence parallelism this rank's slice of S."""
@@ -219,7 +218,10 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
                 post_process=last_pipeline and chunk == chunks - 1,
             )
         )
-    return [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    stages = [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    if wants_compilation(config, groups.device):
+        compile_layers(stages)
+    return stages
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -285,7 +287,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
             backend=backend,
             dropout=config.model.dropout.attention,
         ),
-        linear_proj=tensor_parallel.RowParallelLinear,
+        linear_proj=RowParallelLinear,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -303,7 +305,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
                 submodules=MLPSubmodules(
                     linear_fc1=tensor_parallel.ColumnParallelLinear,
                     linear_fc2=ModuleSpec(
-                        module=DropoutRowParallelLinear,
+                        module=RowParallelLinear,
                         params={"dropout": config.model.dropout.activation},
                     ),
                 ),
