@@ -55,7 +55,9 @@ def measure(options: argparse.Namespace) -> Result:
     result.ratios = {
         "save: speed to plain file": write.ratio_to(save),
         "load: speed to plain file": read.ratio_to(samples["verify and load"]),
-        "load: speed to hashing the file": samples["plain file, SHA-256"].ratio_to(samples["verify and load"]),
+        "load: speed to hashing the file": samples["plain file, SHA-256"].ratio_to(
+            samples["verify and load"]
+        ),
         "stall: synchronous to asynchronous": save.ratio_to(stall),
     }
     return result

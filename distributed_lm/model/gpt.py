@@ -34,6 +34,7 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
+from distributed_lm.model.compilation import compile_layers, wants_compilation
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout
 from distributed_lm.model.loss import OutputLayer, TokenLosses
@@ -217,7 +218,10 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
                 post_process=last_pipeline and chunk == chunks - 1,
             )
         )
-    return [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    stages = [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    if wants_compilation(config, groups.device):
+        compile_layers(stages)
+    return stages
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
