@@ -249,7 +249,8 @@ def _compare(result: Result, cases: list[Case], base: RunConfig, device: torch.d
             }
         )
         inverse = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
-        result.ratios[f"inverse time, {name.format(L='L', LL='2L')}"] = inverse
+        of_any_length = name.replace("L={", "{").format(L="L", LL="2L")
+        result.ratios[f"inverse time, {of_any_length}"] = inverse
 
 
 Pair = tuple[str, str, Case | None, Case | None]

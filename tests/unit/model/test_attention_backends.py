@@ -137,6 +137,30 @@ def test_query_chunks_change_nothing(
         assert len(biases) == -(-shape[2] // chunk_rows)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 2, 603, 603), (2, 2, 300, 700)], ids=["square", "tail"])
+def test_a_cpu_kernel_is_not_given_keys_that_its_queries_do_not_see(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = position_method("alibi", shape[0])
+    inputs = draw(*shape, dtype)
+    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        seen.append((query.size(2), key.size(2)))
+        return kernel(query, key, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    live = forward_backward("sdpa", inputs, position)
+    for one, wanted in zip(live, forward_backward("reference", inputs, position), strict=True):
+        atol = TOLERANCES[dtype] * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(one, wanted, atol=atol, rtol=0)
+    first, rows = shape[3] - shape[2], [queries for queries, _ in seen]
+    assert len(rows) > 1
+    assert sum(rows) == shape[2]
+    assert [keys for _, keys in seen] == [first + sum(rows[: n + 1]) for n in range(len(rows))]
+
+
 def watch_biases(monkeypatch: pytest.MonkeyPatch, sizes: list[torch.Size]) -> None:
     """Note the size of every bias that is made."""
     original = attention_backends.causal_bias
