@@ -60,7 +60,8 @@ def sdpa(
     """PyTorch's fused attention with the bias as an fp32 mask, in chunks of bounded memory."""
     grouped = key_BGKH.size(1) != query_BNQH.size(1)
     num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
-    if not position.has_bias and num_queries == num_keys:
+    # A CPU's kernel gains less from being told so than from chunks.
+    if not position.has_bias and num_queries == num_keys and query_BNQH.is_cuda:
         return F.scaled_dot_product_attention(
             query_BNQH,
             key_BGKH,
