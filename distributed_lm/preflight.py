@@ -60,19 +60,28 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     layout = Layout.of(config, world_size)
     platform.check_precision(config.precision)
     corpora = open_corpora(config)
-    vocab_size = padded_vocab_size(config.model, corpora[0].manifest.vocab_size)
-    if vocab_size % config.parallel.tensor:
-        tensor = config.parallel.tensor
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} (padded) cannot be divided over "
-            f"parallel.tensor={tensor}; set model.vocab_size={-(-vocab_size // tensor) * tensor}"
-        )
+    vocab_size = embedding_rows(config, corpora[0].manifest.vocab_size)
     stream = evaluation_stream(config)
     check_lengths(config, config.evaluation_lengths, len(stream) - 1)
     _check_writable(config.run_dir)
     found = Preflight(layout, corpora, vocab_size, stream)
     check_continues(config, found.data_identity)
     return found
+
+
+def embedding_rows(config: RunConfig, data_vocab_size: int) -> int:
+    """``padded_vocab_size``, if it can be divided over the tensor-parallel ranks.
+
+    Raises:
+        ConfigError: if not.
+    """
+    rows, tensor = padded_vocab_size(config.model, data_vocab_size), config.parallel.tensor
+    if rows % tensor:
+        raise ConfigError(
+            f"model.vocab_size={rows} (padded) cannot be divided over "
+            f"parallel.tensor={tensor}; set model.vocab_size={-(-rows // tensor) * tensor}"
+        )
+    return rows
 
 
 def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[str]:
