@@ -54,6 +54,13 @@ class Stage(str, Enum):
     report = "report"
 
 
+class Ranks(str, Enum):
+    """That are rehearsed."""
+
+    all = "all"
+    sample = "sample"
+
+
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train one run, or continue it from its newest checkpoint."""
@@ -186,6 +193,26 @@ def drill(
     from distributed_lm.drill.command import drill as run
 
     run(config, overrides or [], kills, resume_layout or [], seed, output)
+
+
+@app.command()
+def rehearse(
+    config: ConfigPath,
+    world_size: Annotated[int, typer.Option(min=1, metavar="RANKS", help="Of the whole run.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        Ranks, typer.Option(help="Build all ranks, or a few whole replicas of the model.")
+    ] = Ranks.sample,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File in configs/clusters: memory of a device."),
+    ] = None,
+) -> None:
+    """Build the ranks of a large run on this machine, without memory or network, and compare."""
+    run_config = load_config(config, overrides or [])
+    from distributed_lm.rehearsal.command import rehearse as run
+
+    run(run_config, world_size, ranks is Ranks.all, cluster)
 
 
 @app.command()

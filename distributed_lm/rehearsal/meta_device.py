@@ -4,10 +4,12 @@ Its engine moves the model to "the accelerator's device", and ZeRO 3 compacts th
 host memory. Here the device is ``meta``, and the compacting is done there.
 """
 
+from typing import Any
+
 import torch
 from deepspeed import accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero import parameter_offload, stage3
 from torch import Tensor
 
 META = torch.device("meta")
@@ -36,6 +38,12 @@ def install() -> None:
     """For the rest of this process."""
     accelerator.set_accelerator(MetaAccelerator())
     stage3.defragment = _defragment
+
+
+def forget(engine: Any) -> None:
+    """Else DeepSpeed keeps every model that it was ever given."""
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def _defragment(tensors: list[Tensor]) -> Tensor:

@@ -1,11 +1,30 @@
-"""What one rank has built, as plain values that can be compared with other ranks'. No torch."""
+"""What goes into building one rank, and what comes out: plain values to compare. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from distributed_lm.layout import Coordinates
+from distributed_lm.config import RunConfig
+from distributed_lm.data.sequences import StepSequences
+from distributed_lm.layout import Coordinates, Layout
+
+
+@dataclass(frozen=True)
+class Script:
+    """What all ranks of a rehearsal have in common."""
+
+    config: RunConfig
+    layout: Layout
+    vocab_size: int
+    """Rows of the embedding."""
+    moments: tuple[str, ...]
+    """Names of the optimizer's."""
+    sequences: StepSequences
+    steps: tuple[int, ...]
+    """Positions whose sequences are compared."""
+    data_note: str
+    """Where the sequence ids come from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class RankView:
     expected_slopes: tuple[float, ...] | None
     """Of all heads of the model, by the paper's formula."""
     samples: np.ndarray
-    """int64 [steps, sequences, 4]: ``SequenceId`` of what this rank reads at each rehearsed step."""
+    """int64 [steps, sequences, 4]: ``SequenceId`` of what it reads at each rehearsed step."""
     saved: SavedBlocks
     state_bytes: int
     """Weights, fp32 master weights and moments that this rank holds."""

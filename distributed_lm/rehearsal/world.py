@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +22,11 @@ from distributed_lm.model.gpt import GPTStage, build_stages
 from distributed_lm.preflight import embedding_rows
 from distributed_lm.process_groups import Process, ProcessGroups
 from distributed_lm.rehearsal import meta_device
-from distributed_lm.rehearsal.views import RankView, SavedBlocks, Weight, bounds
+from distributed_lm.rehearsal.views import RankView, SavedBlocks, Script, Weight, bounds
 from distributed_lm.training.engine import TrainingEngine
+from distributed_lm.training.optimizer import OPTIMIZERS
 from distributed_lm.training.snapshot import snapshot_blocks
 from distributed_lm.training.zero_state import MASTER
-
-
-@dataclass(frozen=True)
-class Script:
-    """What all ranks of a rehearsal have in common."""
-
-    config: RunConfig
-    layout: Layout
-    vocab_size: int
-    """Rows of the embedding."""
-    sequences: StepSequences
-    steps: tuple[int, ...]
-    """Positions whose sequences are compared."""
-    data_note: str
-    """Where the sequence ids come from."""
 
 
 def prepare(config: RunConfig, world_size: int) -> Script:
@@ -72,7 +57,9 @@ def prepare(config: RunConfig, world_size: int) -> Script:
         if not sequences.order.is_built:
             sequences, note = _stand_in(config)
             note += " per epoch: the blend of data.path is not made before training starts"
-    return Script(config, layout, embedding_rows(config, rows), sequences, steps, note)
+    moments = OPTIMIZERS[config.optimizer.kind].moments
+    vocab_size = embedding_rows(config, rows)
+    return Script(config, layout, vocab_size, moments, sequences, steps, note)
 
 
 def build_view(script: Script, rank: int) -> RankView:
@@ -88,7 +75,7 @@ def build_view(script: Script, rank: int) -> RankView:
             engine = TrainingEngine(script.config, stages, groups)
             blocks = snapshot_blocks(engine)
         slopes, expected_slopes = _slopes(stages)
-        return RankView(
+        view = RankView(
             rank=rank,
             coordinates=groups.coordinates,
             groups=_megatron_groups(groups),
@@ -104,6 +91,8 @@ def build_view(script: Script, rank: int) -> RankView:
             saved=_saved(blocks),
             state_bytes=_state_bytes(engine, blocks),
         )
+        meta_device.forget(engine.deepspeed)
+        return view
 
 
 @contextmanager
@@ -189,12 +178,13 @@ def _saved(blocks: Sequence[Block]) -> SavedBlocks:
     """Those of which this rank is the one that writes them."""
     mine = [block for block in blocks if not any(block.replica)]
     shapes = {block.key: block.global_shape for block in mine}
+    rectangles = [bounds(block.offset, block.values.shape) for block in mine]
     number = {key: index for index, key in enumerate(shapes)}
     return SavedBlocks(
         keys=tuple(shapes),
         global_shapes=tuple(shapes.values()),
         tensor=np.array([number[block.key] for block in mine], dtype=np.int32),
-        bounds=np.array([bounds(block.offset, block.values.shape) for block in mine]).reshape(-1, 4),
+        bounds=np.array(rectangles, dtype=np.int64).reshape(-1, 4),
     )
 
 

@@ -1,0 +1,45 @@
+"""What runs in the rehearsal's processes. Each function imports the engines when it runs, so that
+the process that asks for it need not."""
+
+import os
+import signal
+
+from distributed_lm.config import RunConfig
+from distributed_lm.errors import UserError
+from distributed_lm.rehearsal.views import RankView, Script
+
+
+def begin() -> None:
+    """Once in every process."""
+    import torch
+
+    from distributed_lm.checkpoint.fork_queue import end_with
+    from distributed_lm.rehearsal import preload  # noqa: F401
+
+    end_with(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    torch.set_num_threads(1)
+
+
+def prepare(config: RunConfig, world_size: int) -> Script:
+    """``world.prepare``."""
+    from distributed_lm.rehearsal.world import prepare as run
+
+    return run(config, world_size)
+
+
+def build(script: Script, rank: int) -> RankView | str:
+    """One rank, or a sentence on what kept it from being built.
+
+    Raises:
+        UserError: if that was the user's mistake.
+    """
+    from distributed_lm.rehearsal.world import build_view
+
+    try:
+        return build_view(script, rank)
+    except UserError:
+        raise
+    except Exception as error:  # our own and the engines' assertions find broken layouts, too
+        lines = str(error).strip().splitlines() or [""]
+        return f"rank {rank}: cannot be built: {type(error).__name__}: {lines[0]}"
