@@ -187,8 +187,8 @@ def _step_problems(
             f"batch.global_batch_size={expected.global_batch_size}"
         )
     parts = defaultdict(set)
-    for *block, part in sequences:
-        parts[tuple(block)].add(part)
+    for corpus, epoch, place, part in sequences:
+        parts[corpus, epoch, place].add(part)
     for block, found in parts.items():
         missing = set(range(expected.sequences_per_block)) ^ found
         if missing:

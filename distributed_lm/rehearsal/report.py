@@ -54,14 +54,16 @@ def print_report(rehearsal: Rehearsal) -> None:
 
 
 def _stages(views: Sequence[RankView]) -> Table:
+    """Parameters and state (weights, masters and moments, as built) are of one rank; slopes are
+    those of the ranks of a tensor group, one after another."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     columns: dict[str, JustifyMethod] = {
         "stage": "right",
         "ranks": "right",
         "layers": "left",
-        "parameters per rank": "right",
-        "slopes, joined over tensor ranks": "left",
-        "weights and optimizer per rank": "right",
+        "parameters": "right",
+        "slopes": "left",
+        "state": "right",
     }
     for column, justify in columns.items():
         table.add_column(column, justify=justify)
