@@ -36,9 +36,9 @@ def change(views: Views, rank: int, **fields: Any) -> Views:
     return [replace(view, **fields) if view.rank == rank else view for view in views]
 
 
-def change_weight(views: Views, rank: int, name: str, **fields: Any) -> Views:
+def change_weight(views: Views, rank: int, which: str, **fields: Any) -> Views:
     weights = tuple(
-        replace(weight, **fields) if weight.name == name else weight
+        replace(weight, **fields) if weight.name == which else weight
         for weight in views[rank].weights
     )
     return change(views, rank, weights=weights)
