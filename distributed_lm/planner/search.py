@@ -88,7 +88,8 @@ def rank_layouts(
     Raises:
         ConfigError: if no layout of that many devices is legal.
     """
-    fitting, too_large = [], []
+    fitting: list[Candidate] = []
+    too_large: list[Candidate] = []
     for changed, layout in legal_layouts(config, world_size, machine.devices_per_node):
         memory = largest_memory(changed, layout, vocab_size, device)
         speed = throughput(changed, layout, vocab_size, machine)
