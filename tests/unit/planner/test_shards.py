@@ -59,7 +59,7 @@ def legal_cases() -> list[tuple[str, RunConfig, int]]:
 
 
 def count_on_meta(cases: list[tuple[str, RunConfig, int]]) -> list[int]:
-    """Elements of all parameters of one rank of each case, the last of its tensor-parallel group."""
+    """Elements of all parameters of one rank of each case: the last of its tensor-parallel ones."""
     counts = []
     for _, config, stage in cases:
         layout = Layout.grid(config.parallel, config.parallel.tensor * config.parallel.pipeline)
