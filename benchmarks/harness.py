@@ -5,7 +5,10 @@ is the median of the rounds' ratios: what slows a whole round down cancels.
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +26,9 @@ from rich.table import Table
 from distributed_lm import platform
 
 RESULTS = Path(__file__).parent / "results"
+
+MOST_CALLS = 1000
+"""In one timing."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,16 @@ class Result:
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The table; all rows have the same keys, and units stand in the keys."""
+    summary: list[dict[str, Any]] = field(default_factory=list)
+    """Where the table is long, a short one of what it comes to."""
     ceilings: dict[str, float] = field(default_factory=dict)
     """What this machine can do at best, measured in the same run; the unit is in the name."""
     ratios: dict[str, Ratio] = field(default_factory=dict)
     """What the regression gate compares: higher is better."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """What could not be measured here, and why."""
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+    """Mean number of processes that wanted a core in the minute before: noise, unless near 0."""
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Prints the table and writes ``folder/DEVICE/NAME.json``."""
@@ -77,8 +89,11 @@ class Result:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine(),
+            "load": self.load,
             "ceilings": self.ceilings,
             "ratios": {name: asdict(ratio) for name, ratio in self.ratios.items()},
+            "absent": self.absent,
+            "summary": self.summary,
             "rows": self.rows,
         }
         self._print()
@@ -89,46 +104,101 @@ class Result:
 
     def _print(self) -> None:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        if self.rows:
-            table = Table(*self.rows[0], title=self.benchmark)
-            for row in self.rows:
-                table.add_row(*(_text(value) for value in row.values()))
+        for rows in filter(None, (self.rows, self.summary)):
+            table = Table(*rows[0], title=self.benchmark)
+            for row in rows:
+                table.add_row(*(shown(value) for value in row.values()))
             console.print(table)
+        for name, reason in self.absent.items():
+            console.print(f"not measured: {name}: {reason}")
         for name, value in self.ceilings.items():
-            console.print(f"ceiling: {name} {_text(value)}")
+            console.print(f"ceiling: {name} {shown(value)}")
         for name, ratio in self.ratios.items():
             console.print(f"ratio: {name} {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Adds ``--rounds`` and ``--output``, parses, and quiets the engines."""
+def main(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Result]) -> None:
+    """What ``python -m benchmarks.NAME`` does. Every benchmark module has a ``parser()`` for its
+    own options and a ``measure(options)``."""
+    options = arguments(parser)
+    measure(options).write(options.output)
+
+
+def arguments(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Adds ``--rounds`` and ``--output``, parses ``given`` (off: the command line), and quiets the
+    engines."""
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(given)
     platform.quiet_engines()
     return parsed
 
 
 def alternate(
-    cases: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    seconds_each: float = 0.0,
 ) -> dict[str, Samples]:
-    """Time all cases ``rounds`` times, one after the other in each round, after ``warmup``."""
+    """Time all cases ``rounds`` times, one after the other in each round, after ``warmup``.
+
+    A case that takes less than ``seconds_each`` is called again and again for about as long in each
+    round: launching one short kernel takes longer than the kernel does.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    calls = dict.fromkeys(cases, 1)
     for turn in range(warmup + rounds):
         for name, case in cases.items():
-            elapsed = timed(case, device)
+            elapsed = timed(case, device, calls[name])
             if turn >= warmup:
                 seconds[name].append(elapsed)
+            elif turn == warmup - 1 and seconds_each > 0.0:
+                again = timed(case, device)  # the first call may have compiled
+                calls[name] = max(1, min(MOST_CALLS, round(seconds_each / again)))
     return {name: Samples(tuple(values)) for name, values in seconds.items()}
 
 
-def timed(case: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, waiting for the device before and after."""
+def timed(case: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call of ``calls``, waiting for the device before and after them all."""
     synchronize(device)
     start = time.perf_counter()
+    for _ in range(calls):
+        case()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def peak_memory_bytes(case: Callable[[], Any], device: torch.device) -> int:
+    """What one call takes at most beyond what is there before it: allocated on the GPU, resident on
+    a CPU. Call it once before, so that what is kept for the next call is there."""
+    gc.collect()
+    synchronize(device)
+    forget_peak_memory(device)
+    before = peak_memory_so_far(device)
     case()
     synchronize(device)
-    return time.perf_counter() - start
+    return peak_memory_so_far(device) - before
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """The peak becomes what is there now. On a CPU freed memory is given back to Linux first."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_so_far(device: torch.device) -> int:
+    """Bytes since ``forget_peak_memory``: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [most] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(most.split()[1]) * 1024  # given in kB
 
 
 def synchronize(device: torch.device) -> None:
@@ -175,14 +245,19 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The commit, marked where the working tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit, marked where the working tree differs from it in more than results."""
+    but_results = ["--", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs"]
     try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
+        name = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", *but_results)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent)
     return found.stdout.strip()
 
 
@@ -206,7 +281,10 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _text(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A table's cell: four digits, or whole numbers from 1,000 on; a dash for None."""
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)

@@ -153,6 +153,30 @@ def import_hf(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
+    ] = "h100_8x16",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Default: as the cluster file says.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the best layout as a config.")
+    ] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also the best layout on 1, 2, 4, … nodes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+) -> None:
+    """Predict parameters, memory, speed and cost of a run, and rank its layouts."""
+    from distributed_lm.plan import plan as run
+
+    run(config, overrides or [], cluster, nodes, write, scaling, as_json)
+
+
+@app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report environment, devices and data of a run, and prove its attention against fp64."""
     run_config = load_config(config, overrides or [])
@@ -204,8 +228,8 @@ def rehearse(
         Ranks, typer.Option(help="Build all ranks, or a few whole replicas of the model.")
     ] = Ranks.sample,
     cluster: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File in configs/clusters: memory of a device."),
+        str | None,
+        typer.Option(metavar="NAME", help="File in configs/clusters: memory of a device."),
     ] = None,
 ) -> None:
     """Build the ranks of a large run on this machine, without memory or network, and compare."""

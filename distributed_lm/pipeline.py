@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from distributed_lm import platform
+from distributed_lm.model.loss import TokenLosses
 from distributed_lm.process_groups import ProcessGroups
 
 
@@ -61,18 +62,19 @@ def run_schedule(
         # Without waiting for what the GPU has still to do of the microbatch before.
         tokens_BS = batch.tokens_BS.to(groups.device, non_blocking=True)
         labels_BS = batch.labels_BS.to(groups.device, non_blocking=True)
-        output = stage(tokens_BS, labels_BS)
+        mask_BS = batch.mask_BS
+        if mask_BS is not None:
+            mask_BS = mask_BS.to(groups.device, non_blocking=True)
+        output = stage(tokens_BS, labels_BS, mask_BS)
 
-        def loss_function(losses_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mask = torch.ones_like(losses_BS) if batch.mask_BS is None else batch.mask_BS
-            mask = mask.to(losses_BS, non_blocking=True)
-            summed = (losses_BS * mask).sum()
+        def loss_function(losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
             # Megatron divides what it is given by the number of microbatches, in place: keep ours.
-            totals[0] += summed.detach().double()
-            totals[1] += mask.sum().double()
+            totals[0] += losses.summed.detach().double()
+            scored: Any = labels_BS.numel() if mask_BS is None else mask_BS.sum()
+            totals[1] += scored
             if on_losses is not None:
-                on_losses(losses_BS.detach())
-            return summed / mask.sum().clamp(min=1.0), {}
+                on_losses(losses.losses_BS)
+            return losses.summed / (scored if mask_BS is None else scored.clamp(min=1)), {}
 
         return output, loss_function
 

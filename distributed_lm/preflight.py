@@ -19,7 +19,7 @@ from distributed_lm.data.corpora import Corpus, corpora_hash, open_corpora
 from distributed_lm.errors import CheckpointError, ConfigError
 from distributed_lm.evaluation.protocols import check_lengths
 from distributed_lm.layout import Layout
-from distributed_lm.model.gpt import padded_vocab_size
+from distributed_lm.planner.vocabulary import padded_vocab_size
 
 # What makes a run that run: another value is another run. ``data.path`` may move, since the hash of
 # its content is compared; anything not listed here may change from one start to the next.

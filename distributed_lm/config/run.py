@@ -149,7 +149,8 @@ class ScheduleConfig(Section):
 
 class AttentionConfig(Section):
     backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
-    """``auto`` takes FlexAttention on CUDA and scaled-dot-product attention on CPU."""
+    """``auto`` takes FlexAttention on CUDA for methods with a bias; else scaled-dot-product
+    attention."""
 
 
 class EvaluationConfig(Section):

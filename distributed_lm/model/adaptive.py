@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from distributed_lm.config import AdaptiveConfig, ModelConfig
 from distributed_lm.model.dropout import replicated_dropout
+from distributed_lm.model.loss import TokenLosses
 from distributed_lm.process_groups import ProcessGroups
 
 TIED_COPY = "output_layer.tables."
@@ -154,11 +155,17 @@ class AdaptiveSoftmax(nn.Module):
         else:  # not as a submodule: the stage has it already
             object.__setattr__(self, "tables", embedding)
 
-    def forward(self, hidden_SBD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Losses [B, S] in nats, or without labels the log probabilities [S, B, V] of all words.
+    def forward(
+        self,
+        hidden_SBD: Tensor,
+        labels_BS: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> Tensor | TokenLosses:
+        """Losses, or without labels the log probabilities [S, B, V] of all words.
 
         Args:
             hidden_SBD: with sequence parallelism, this rank's slice of S.
+            mask_BS: 1 where the label is scored, 0 elsewhere; None scores all.
         """
         features = self._features(hidden_SBD)
         if labels_BS is None:
@@ -177,7 +184,7 @@ class AdaptiveSoftmax(nn.Module):
             )
             losses = losses.index_add(0, chosen, within)
         length = labels_BS.size(1)
-        return losses.view(length, -1).transpose(0, 1).contiguous()
+        return TokenLosses.of(losses.view(length, -1).transpose(0, 1).contiguous(), mask_BS)
 
     def _features(self, hidden_SBD: Tensor) -> list[Tensor]:
         """What each band's embeddings are multiplied with, [T, width], and last the classes' logits

@@ -163,9 +163,9 @@ def choose_backend(
             dtype.
     """
     if name == "auto":
-        can_flex = not position.has_bias or type(position).score_mod is not _no_score_mod()
-        can_flex &= dropout == 0.0
-        return "flex" if device.type == "cuda" and can_flex else "sdpa"
+        # Without a bias, scaled-dot-product attention is causal by itself and fused.
+        flexes = position.has_bias and type(position).score_mod is not _no_score_mod()
+        return "flex" if device.type == "cuda" and flexes and dropout == 0.0 else "sdpa"
     problem = unavailable_reason(name, position, device, dtype)
     if name == "flex" and dropout > 0.0:
         problem = problem or f"FlexAttention has no dropout, and model.dropout.attention={dropout}"

@@ -30,13 +30,12 @@ from torch import Tensor
 
 from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
-from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
-from distributed_lm.model.chunked_loss import losses_in_chunks
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
+from distributed_lm.model.loss import OutputLayer, TokenLosses
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
 from distributed_lm.model.positions.lending import LentPosition
@@ -105,7 +104,7 @@ class GPTStage(MegatronModule):
             tied = self.embedding if pre_process else None
             self.output_layer = AdaptiveSoftmax(config, model, vocab_size, groups, tied)
         elif post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 model.hidden_size,
                 vocab_size,
                 config=config,
@@ -139,10 +138,15 @@ class GPTStage(MegatronModule):
             return self.embedding.weight
         return self.output_layer.weight if self.post_process else None
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Hidden states [S, B, D] (not the last stage), per-token losses [B, S] in nats (last stage
-        with labels), or this rank's logits [S, B, V] (last stage without; an adaptive softmax gives
-        the log probabilities of the whole vocabulary)."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> Tensor | TokenLosses:
+        """Hidden states [S, B, D] (not the last stage), losses (last stage with labels), or this
+        rank's logits [S, B, V] (last stage without; an adaptive softmax gives the log probabilities
+        of the whole vocabulary)."""
         hidden = self._embed(tokens_BS) if self.pre_process else self.decoder.input_tensor
         hidden = self.lent_position.lend(hidden)
         if not self.pre_process:  # then the decoder takes it from there only
@@ -151,17 +155,10 @@ class GPTStage(MegatronModule):
         if not self.post_process:
             return hidden
         if self.is_adaptive:
-            return self.output_layer(hidden, labels_BS)
+            return self.output_layer(hidden, labels_BS, mask_BS)
         tied = self.share_embeddings_and_output_weights and self.pre_process
         weight = self.embedding.weight if tied else None
-        if labels_BS is None:
-            return self.output_layer(hidden, weight=weight)[0]
-        return losses_in_chunks(
-            hidden,
-            labels_BS,
-            lambda part: self.output_layer(part, weight=weight)[0],
-            self.output_layer.output_size,
-        )
+        return self.output_layer(hidden, labels_BS, mask_BS, weight=weight)
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         """[S, B, D], or with sequence parallelism this rank's slice of S."""
@@ -311,20 +308,3 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
             mlp_bda=get_bias_dropout_add,
         ),
     )
-
-
-def padded_vocab_size(model: ModelConfig, data_vocab_size: int) -> int:
-    """Rows of the embedding: as configured, or the data set's padded to a multiple of 64.
-
-    The padding is independent of the layout, so a checkpoint fits any of them.
-
-    Raises:
-        ConfigError: if the vocabulary has no words for the last adaptive band.
-    """
-    rows = model.vocab_size or -(-data_vocab_size // 64) * 64
-    if model.adaptive is not None and rows <= model.adaptive.cutoffs[-1]:
-        raise ConfigError(
-            f"model.adaptive.cutoffs={list(model.adaptive.cutoffs)}: the data set's vocabulary has "
-            f"only {data_vocab_size} words; choose cutoffs below that"
-        )
-    return rows

@@ -54,36 +54,3 @@ def total_parameters(model: ModelConfig, vocab_size: int) -> int:
     layers = model.num_layers * layer_parameters(model)
     embeddings = embedding_parameters(model, vocab_size)
     return layers + final_norm + embeddings + position_parameters(model)
-
-
-def stage_parameters(
-    model: ModelConfig, vocab_size: int, num_layers: int, *, is_first: bool, is_last: bool
-) -> int:
-    """What one pipeline stage holds, over all its tensor-parallel ranks: a stage's copy of weights
-    that an earlier stage holds too counts here, what every tensor-parallel rank has counts once.
-
-    Args:
-        num_layers: of this stage; of all virtual stages of the pipeline rank, if there are several.
-        is_first: whether it embeds.
-        is_last: whether it has the output projection.
-    """
-    if is_first and is_last:
-        embeddings = embedding_parameters(model, vocab_size)
-    elif model.adaptive is None:
-        embeddings = vocab_size * model.hidden_size * (is_first + is_last)
-    else:
-        embeddings = _adaptive_end(model, vocab_size, is_last) if is_first or is_last else 0
-    final_norm = norm_parameters(model) if model.final_norm and is_last else 0
-    # Learned positions are added to the embeddings; T5's bias is used by the layers of every stage.
-    positions = position_parameters(model) if is_first or model.position == "t5" else 0
-    return num_layers * layer_parameters(model) + embeddings + final_norm + positions
-
-
-def _adaptive_end(model: ModelConfig, vocab_size: int, is_last: bool) -> int:
-    """Of an adaptive embedding on the first stage, or of the softmax's copy on another, the last:
-    that has classes, and does not project band 0."""
-    whole = embedding_parameters(model, vocab_size)
-    assert model.adaptive is not None
-    classes = len(model.adaptive.cutoffs) * model.hidden_size
-    widths = model.adaptive.band_widths(model.hidden_size)
-    return whole - model.hidden_size * widths[0] if is_last else whole - classes

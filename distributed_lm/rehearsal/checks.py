@@ -14,7 +14,7 @@ import numpy as np
 
 from distributed_lm.config import ModelConfig
 from distributed_lm.layout import Coordinates, Layout
-from distributed_lm.planner.parameters import stage_parameters
+from distributed_lm.planner.shards import rank_parameters
 from distributed_lm.rehearsal.views import RankView
 
 
@@ -97,33 +97,20 @@ def check_layers(views: Views, expected: Expected) -> Iterator[str]:
 
 
 def check_parameters(views: Views, expected: Expected) -> Iterator[str]:
-    """What the tensor-parallel ranks of a stage have built adds up to the planner's count."""
+    """Every rank has built what the planner counts for its stage, and all of it has a name."""
     for view in views:
+        stage = view.coordinates.pipeline
+        planned = rank_parameters(expected.model, expected.vocab_size, expected.layout, stage).total
+        if view.parameters != planned:
+            yield (
+                f"rank {view.rank} (pipeline stage {stage}): has {view.parameters:,} parameters, "
+                f"the planner counts {planned:,}"
+            )
         described = sum(math.prod(weight.shape) for weight in view.weights)
         if described != view.parameters:
             yield (
                 f"rank {view.rank}: has {view.parameters:,} parameters, of which "
                 f"{described:,} have a place in a global tensor"
-            )
-    for group in whole_groups(views, "tensor"):
-        first = group[0]
-        found = sum(
-            math.prod(weight.shape)
-            for view in group
-            for weight in view.weights
-            if weight.is_sharded or view is first
-        )
-        planned = stage_parameters(
-            expected.model,
-            expected.vocab_size,
-            sum(map(len, first.layers)),
-            is_first=first.coordinates.pipeline == 0,
-            is_last=first.coordinates.pipeline == expected.layout.pipeline - 1,
-        )
-        if found != planned:
-            yield (
-                f"ranks {ranks_of(group)} (pipeline stage {first.coordinates.pipeline}): have "
-                f"{found:,} parameters together, the planner counts {planned:,}"
             )
 
 

@@ -7,16 +7,15 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import track
 
 from distributed_lm.config import RunConfig
-from distributed_lm.errors import ConfigError, UserError
+from distributed_lm.errors import UserError
 from distributed_lm.layout import Layout
-from distributed_lm.planner.memory import state_bytes_per_device
+from distributed_lm.planner.devices import load_node_shape
+from distributed_lm.planner.memory import rank_memory
 from distributed_lm.rehearsal import checks, ownership, worker
 from distributed_lm.rehearsal.checks import Check, Expected
 from distributed_lm.rehearsal.report import Rehearsal, print_report
@@ -43,21 +42,21 @@ class RehearsalError(UserError):
     exit_code = 1
 
 
-def rehearse(config: RunConfig, world_size: int, whole: bool, cluster: Path | None) -> None:
+def rehearse(config: RunConfig, world_size: int, whole: bool, cluster: str | None) -> None:
     """Build ranks of a run as training would, compare them, and print what came out.
 
     Args:
         whole: every rank, instead of a sample.
-        cluster: file that says what memory a device has.
+        cluster: file in ``configs/clusters`` that says what memory a device has.
 
     Raises:
         RehearsalError: if something does not fit together; each problem has been printed.
-        ConfigError: if the config does not fit the world size.
+        ConfigError: if the config does not fit the world size, or the cluster file is wrong.
     """
-    device_bytes = _device_bytes(cluster) if cluster is not None else None
+    memory_gb = load_node_shape(cluster).device_memory_gb if cluster is not None else None
     layout = Layout.of(config, world_size)  # before the engines are loaded
     ranks = list(range(world_size)) if whole else sample_ranks(layout, config.seed)
-    rehearsal = _run(config, ranks, device_bytes)
+    rehearsal = _run(config, ranks, memory_gb)
     print_report(rehearsal)
     found = sum(map(len, rehearsal.problems.values()))
     if found:
@@ -96,7 +95,7 @@ def expectations(script: Script) -> Expected:
     )
 
 
-def _run(config: RunConfig, ranks: list[int], device_bytes: float | None) -> Rehearsal:
+def _run(config: RunConfig, ranks: list[int], device_memory_gb: float | None) -> Rehearsal:
     started = time.perf_counter()
     world_size = ranks[-1] + 1
     context = multiprocessing.get_context("forkserver")
@@ -117,21 +116,11 @@ def _run(config: RunConfig, ranks: list[int], device_bytes: float | None) -> Reh
         script=script,
         views=views,
         problems=problems,
-        memory_bytes=state_bytes_per_device(config, script.layout, script.vocab_size),
-        device_bytes=device_bytes,
+        memory=[
+            rank_memory(config, script.layout, script.vocab_size, stage)
+            for stage in range(script.layout.pipeline)
+        ],
+        device_memory_gb=device_memory_gb,
         processes=processes,
         seconds=time.perf_counter() - started,
     )
-
-
-def _device_bytes(cluster: Path) -> float:
-    try:
-        content = yaml.safe_load(cluster.read_text(encoding="utf-8"))
-        return float(content["device_memory_gb"]) * 1e9
-    except OSError as error:
-        raise ConfigError(f"--cluster {cluster}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise ConfigError(
-            f"--cluster {cluster}: expected a number under device_memory_gb; give a file as in "
-            "configs/clusters"
-        ) from None

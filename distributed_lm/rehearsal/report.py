@@ -8,6 +8,7 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
+from distributed_lm.planner.memory import Memory
 from distributed_lm.rehearsal.checks import whole_groups
 from distributed_lm.rehearsal.views import RankView, Script
 
@@ -23,9 +24,9 @@ class Rehearsal:
     views: list[RankView]
     problems: dict[str, list[str]]
     """By name of the check, in order; a check that found nothing has an empty list."""
-    memory_bytes: int
-    """Of a device, by the planner."""
-    device_bytes: float | None
+    memory: list[Memory]
+    """Of a rank of each pipeline stage, by the planner's model of a GPU."""
+    device_memory_gb: float | None
     """What a device of the cluster has."""
     processes: int
     seconds: float
@@ -42,7 +43,7 @@ def print_report(rehearsal: Rehearsal) -> None:
         f"{rehearsal.seconds:.0f} s with {rehearsal.processes} processes"
     )
     if views:
-        console.print(_stages(views))
+        console.print(_stages(rehearsal))
     console.print(f"sequences of steps {_steps(script)}: {escape(script.data_note)}")
     console.print(_memory(rehearsal))
     for name, problems in rehearsal.problems.items():
@@ -53,9 +54,10 @@ def print_report(rehearsal: Rehearsal) -> None:
             console.print(f"  … and {len(problems) - SHOWN:,} more")
 
 
-def _stages(views: Sequence[RankView]) -> Table:
+def _stages(rehearsal: Rehearsal) -> Table:
     """Parameters and state (weights, masters and moments, as built) are of one rank; slopes are
-    those of the ranks of a tensor group, one after another."""
+    those of the ranks of a tensor group, one after another; the memory is planned."""
+    views = rehearsal.views
     table = Table(box=None, padding=(0, 2, 0, 0))
     columns: dict[str, JustifyMethod] = {
         "stage": "right",
@@ -64,6 +66,7 @@ def _stages(views: Sequence[RankView]) -> Table:
         "parameters": "right",
         "slopes": "left",
         "state": "right",
+        "planned memory": "right",
     }
     for column, justify in columns.items():
         table.add_column(column, justify=justify)
@@ -77,7 +80,8 @@ def _stages(views: Sequence[RankView]) -> Table:
             ends[0] + "; ".join(_range(chunk) for chunk in first.layers) + ends[1],
             _spread([view.parameters for view in ranks], "{:,}"),
             _slopes(ranks),
-            _spread([view.state_bytes / 1e9 for view in ranks], "{:.3f}") + " GB",
+            _spread([view.state_bytes / 1e9 for view in ranks], "{:.2f}") + " GB",
+            f"{rehearsal.memory[stage].total / 1e9:.1f} GB",
         )
     return table
 
@@ -104,11 +108,15 @@ def _steps(script: Script) -> str:
 
 
 def _memory(rehearsal: Rehearsal) -> str:
-    text = (
-        "memory by the planner's model: weights, gradients and optimizer "
-        f"{rehearsal.memory_bytes / 1e9:.2f} GB per device"
+    stage, largest = max(enumerate(rehearsal.memory), key=lambda entry: entry[1].total)
+    parts = ", ".join(
+        f"{name} {size / 1e9:.2f}" for name, size in largest.parts().items() if size > 5e6
     )
-    if rehearsal.device_bytes is None:
+    text = (
+        f"memory: {largest.total / 1e9:.1f} GB on stage {stage} in the {largest.phase} by the "
+        f"planner's model ({parts})"
+    )
+    if rehearsal.device_memory_gb is None:
         return text
-    share = rehearsal.memory_bytes / rehearsal.device_bytes
-    return f"{text}, {share:.0%} of a device's {rehearsal.device_bytes / 1e9:.0f} GB"
+    verdict = "fits" if largest.total / 1e9 <= rehearsal.device_memory_gb else "does not fit"
+    return f"{text}; {verdict} in a device's {rehearsal.device_memory_gb:g} GB"

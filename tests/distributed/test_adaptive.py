@@ -62,8 +62,8 @@ def run_ends(config: RunConfig, labels_of: str) -> dict[str, Any]:
     rank, size = groups.coordinates.tensor, groups.layout.tensor
     is_split = groups.layout.sequence
     hidden = (whole.chunk(size)[rank] if is_split else whole).clone().requires_grad_()
-    losses = stage.output_layer(hidden, labels)
-    losses.mean().backward()
+    summed, losses = stage.output_layer(hidden, labels)
+    (summed / labels.numel()).backward()
     blocks, gradients = [], []
     for shard in parameter_shards([stage], groups):
         if "decoder" in shard.pieces[0].name:

@@ -1,7 +1,4 @@
-"""The GPU kernels against the fp32 reference, forward and backward, at the sizes of real models.
-
-``pytest tests/gpu -m gpu -s`` also prints the rows of ``docs/benchmarks.md``.
-"""
+"""The GPU kernels against the fp32 reference, forward and backward, at the sizes of real models."""
 
 import pytest
 import torch
@@ -9,7 +6,7 @@ from torch import Tensor
 
 from distributed_lm.model.attention_backends import BACKENDS, unavailable_reason
 from distributed_lm.model.positions import METHODS, HeadSlice, PositionMethod, build_position
-from tests.support.gpu import report, requires_gpu
+from tests.support.gpu import requires_gpu
 from tests.support.training import tiny_config
 
 pytestmark = [
@@ -137,37 +134,3 @@ def test_flex_stays_fused_over_many_lengths() -> None:
             taken = torch.cuda.max_memory_allocated() - before
             # The block mask of 8,192 takes some 200 MB while it is made.
             assert taken < 2**30, f"length {length}: {taken:,} bytes"
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("length", [1024, 2048, 4096])
-def test_print_speed(length: int, head_dim: int) -> None:
-    """Rows of the kernel table: forward and backward of one layer, bf16, 16 heads, ALiBi."""
-    position = position_method("alibi", HeadSlice(0, HEADS, HEADS))
-    inputs = draw(length, head_dim, HEADS, torch.bfloat16)
-    for backend in ("reference", *KERNELS):
-        if unavailable_reason(backend, position, DEVICE, torch.bfloat16):
-            continue
-        milliseconds = _time(backend, inputs, position)
-        sequences = inputs[0].size(0)
-        # 2 products forward and 5 backward, below the diagonal, 2 operations per multiply-add.
-        flops = 7 * HEADS * sequences * length * length * head_dim
-        report(
-            f"| {torch.cuda.get_device_name()} | {backend} | {head_dim} | {sequences} × {length} "
-            f"| {milliseconds:.3f} | {flops / milliseconds / 1e9:.1f} |"
-        )
-        assert milliseconds > 0
-
-
-def _time(backend: str, inputs: list[Tensor], position: PositionMethod, rounds: int = 20) -> float:
-    """Milliseconds of forward and backward, after three rounds to compile and warm up."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    upstream = torch.ones_like(inputs[0])
-    for index in range(3 + rounds):
-        if index == 3:
-            start.record()
-        torch.autograd.grad(BACKENDS[backend](*leaves, position), leaves, upstream)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / rounds

@@ -1,9 +1,5 @@
-"""Training on one GPU: the kernels inside the engines, fp16, and the paper's 1.3B model.
+"""Training on one GPU: the kernels inside the engines, fp16, and the paper's 1.3B model."""
 
-``pytest tests/gpu -m gpu -s`` also prints the rows of ``docs/benchmarks.md``.
-"""
-
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,9 @@ from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.positions import METHODS, HeadSlice, build_position
 from distributed_lm.model.proof import prove_positions
 from distributed_lm.pipeline import Microbatch
-from distributed_lm.planner.flops import training_flops_per_token
 from distributed_lm.process_groups import Process
 from distributed_lm.training.engine import TrainingEngine
-from tests.support.gpu import report, requires_gpu, run_on_gpu
+from tests.support.gpu import requires_gpu, run_on_gpu
 from tests.support.training import build_engine, random_microbatches, tiny_config
 
 pytestmark = [pytest.mark.gpu, requires_gpu, pytest.mark.timeout(900)]
@@ -110,7 +105,8 @@ def test_every_kernel_passes_the_start_up_proof(
         skip_if_unavailable(backend, position, precision)
     proof = run_on_gpu(prove, tiny(position, backend, precision))
     assert proof["largest_error"] < proof["tolerance"]
-    assert proof["backend"] == ("flex" if backend == "auto" else backend)
+    fastest = "flex" if position in ("alibi", "t5") else "sdpa"
+    assert proof["backend"] == (fastest if backend == "auto" else backend)
 
 
 def train_fp16_from_too_high_a_scale(config: RunConfig, steps: int) -> list[dict[str, Any]]:
@@ -157,37 +153,19 @@ def train_the_papers_model(config: RunConfig, steps: int) -> dict[str, Any]:
     initialize_weights(parameter_shards(stages, groups), config.model, config.seed)
     engine = TrainingEngine(config, stages, groups)
     proof = prove_positions(stages, groups)
-    losses, seconds = [], []
-    for step in range(steps):
-        batch = random_microbatches(config, groups, step)
-        start = time.perf_counter()
-        losses.append(engine.train_step(batch, 2e-4 * min(1.0, (step + 1) / 5)).loss)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    memory = platform.peak_memory_bytes(groups.device)
+    losses = [
+        engine.train_step(
+            random_microbatches(config, groups, step), 2e-4 * min(1.0, (step + 1) / 5)
+        ).loss
+        for step in range(steps)
+    ]
     longer = {}
     for length in (1024, 2048, 4096, 8192):
         generator = torch.Generator().manual_seed(length)
         tokens = torch.randint(0, 192, (1, length + 1), generator=generator)
         total, count = engine.evaluate([Microbatch(tokens[:, :-1], tokens[:, 1:])])
         longer[length] = total / count
-    peak, source = platform.peak_flops(groups.device, DTYPES[config.precision])
-    step_seconds = float(np.median(seconds[5:]))
-    tokens_per_second = config.tokens_per_step / step_seconds
-    flops = training_flops_per_token(config.model, vocab_size, config.data.sequence_length)
-    return {
-        "losses": losses,
-        "longer": longer,
-        "backend": proof.backend,
-        "step_seconds": step_seconds,
-        "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops.full / peak,
-        "mfu_causal": tokens_per_second * flops.causal / peak,
-        "peak_source": source,
-        "peak_memory_bytes": memory,
-        "device": torch.cuda.get_device_name(),
-        "versions": platform.describe_environment(),
-    }
+    return {"losses": losses, "longer": longer, "backend": proof.backend}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
@@ -197,14 +175,6 @@ def test_the_papers_model_takes_20_steps_on_one_gpu(micro_batch_size: int) -> No
         pytest.skip(f"the 1.3B model needs 40 GiB of GPU memory, found {memory / 2**30:.0f} GiB")
     overrides = (*PAPER_OVERRIDES, f"batch.micro_batch_size={micro_batch_size}")
     result = run_on_gpu(train_the_papers_model, load_config(PAPER, overrides), 20)
-    versions = result["versions"]
-    report(
-        f"| {result['device']} | torch {versions['torch']}, megatron-core "
-        f"{versions['megatron-core']}, deepspeed {versions['deepspeed']} | {result['backend']} "
-        f"| {micro_batch_size} × {8 // micro_batch_size} | {result['step_seconds']:.3f} "
-        f"| {result['tokens_per_second']:,.0f} | {result['mfu']:.3f} | {result['mfu_causal']:.3f} "
-        f"| {result['peak_memory_bytes'] / 2**30:.1f} | {result['peak_source']} |"
-    )
     assert result["backend"] == "flex"
     losses = result["losses"]
     assert np.isfinite(losses).all()

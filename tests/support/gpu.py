@@ -1,4 +1,4 @@
-"""Run a function in a fresh process that owns the GPU, and print what ``docs/benchmarks.md`` wants.
+"""Run a function in a fresh process that owns the GPU.
 
 The fork server of ``ranks.py`` has the engines loaded for CPUs; here nothing is loaded yet.
 """
@@ -44,11 +44,6 @@ def run_on_gpu(
     if not ok:
         pytest.fail(f"{name} failed:\n{value}")
     return value
-
-
-def report(line: str) -> None:
-    """A line for the reader of ``pytest -s``."""
-    sys.stdout.write(line + "\n")
 
 
 def _main(connection: Connection, name: str, arguments: tuple[Any, ...]) -> None:

@@ -13,7 +13,7 @@ from distributed_lm.evaluation.protocols import Request, make_plans
 from distributed_lm.evaluation.scored_data import ScoredData
 from distributed_lm.evaluation.scoring import score_windows
 from distributed_lm.layout import Layout
-from distributed_lm.model import chunked_loss
+from distributed_lm.model import loss
 from distributed_lm.model.gpt import GPTStage, build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.pipeline import Microbatch, run_schedule
@@ -60,7 +60,7 @@ def score_requests(
     Args:
         max_logits: elements of logits to keep at once.
     """
-    chunked_loss.MAX_LOGITS_ELEMENTS = max_logits
+    loss.MIN_ROWS, loss.MAX_LOGITS = 1, {"cpu": max_logits}
     stages, groups = join_with_model(config, vocab_size)
     score = scorer(stages, groups)
     results = []

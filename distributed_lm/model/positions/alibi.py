@@ -25,15 +25,24 @@ class Alibi(PositionMethod):
         return alibi_bias(self.slopes(device), queries, num_keys)
 
     def score_mod(self, first_query: int, num_keys: int, device: torch.device) -> ScoreMod:
+        first_head, total = self.heads.first, self.heads.total
         slopes = self.slopes(device)
 
-        def add_bias(
+        def add_computed(
             score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
         ) -> Tensor:
-            distance = query + first_query - key
-            return score - slopes[head] * distance
+            slope = torch.exp2((head + (first_head + 1)) * (-8.0 / total))
+            return score - slope * (query + first_query - key)
 
-        return add_bias
+        def add_looked_up(
+            score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
+        ) -> Tensor:
+            return score - slopes[head] * (query + first_query - key)
+
+        # A kernel that looks nothing up can work on several scores at once. The slopes of a power
+        # of two heads are one geometric sequence; those of other counts have no such short formula.
+        is_geometric = total & (total - 1) == 0
+        return add_computed if is_geometric else add_looked_up
 
     def expected_bias(self, head: int, distance: Tensor) -> Tensor:
         power = 1 << (self.heads.total.bit_length() - 1)

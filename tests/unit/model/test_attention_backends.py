@@ -185,6 +185,44 @@ def test_flex_equals_reference_forward(name: str, shape: tuple[int, int, int, in
     torch.testing.assert_close(live, expected, atol=2e-5, rtol=0)
 
 
+TENSOR_PARALLEL = [
+    HeadSlice.of(total, rank, size)
+    for total, size in [(1, 1), (2, 1), (2, 2), (8, 4), (12, 3), (16, 2), (20, 4), (64, 8)]
+    for rank in {0, size - 1}
+]
+
+
+def _name(heads: HeadSlice) -> str:
+    return f"{heads.first}-{heads.first + heads.count - 1}of{heads.total}"
+
+
+@pytest.mark.parametrize("heads", TENSOR_PARALLEL, ids=_name)
+def test_alibi_score_mod_is_the_bias_of_this_ranks_heads(heads: HeadSlice) -> None:
+    """Computed in the kernel or looked up, at distances far past those that bf16 can tell apart."""
+    position = build_position(tiny_config().model, heads)
+    first_query, num_keys = 16000, 16384
+    add_bias = position.score_mod(first_query, num_keys, CPU)
+    assert add_bias is not None
+    head, query = torch.arange(heads.count)[:, None, None], torch.arange(3)[:, None]
+    key = torch.arange(num_keys)
+    live = add_bias(torch.tensor(0.5), torch.tensor(0), head, query, key)
+    assert live.dtype == torch.float32
+    expected = position.bias(range(first_query, first_query + 3), num_keys, CPU) + 0.5
+    torch.testing.assert_close(live, expected, atol=0, rtol=1e-6)
+    is_power_of_two = heads.total in (1, 2, 8, 16, 64)
+    captured = [cell.cell_contents for cell in add_bias.__closure__ or ()]
+    assert any(isinstance(value, Tensor) for value in captured) != is_power_of_two
+
+
+@pytest.mark.parametrize("heads", TENSOR_PARALLEL, ids=_name)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_equals_reference_on_every_slice_of_heads(heads: HeadSlice) -> None:
+    position = build_position(tiny_config().model, heads)
+    inputs = [tensor.detach() for tensor in draw(heads.count, heads.count, 130, 150)]
+    live, expected = (BACKENDS[name](*inputs, position) for name in ("flex", "reference"))
+    torch.testing.assert_close(live, expected, atol=2e-5, rtol=0)
+
+
 class LearnedBias(PositionMethod):
     """A user's own method whose bias is trained, and has no ``score_mod``."""
 
@@ -220,7 +258,8 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     for method in sorted(METHODS):
         position = position_method(method, 4)
         assert choose_backend("auto", position, CPU, torch.float32) == "sdpa"
-        assert choose_backend("auto", position, CUDA, torch.bfloat16) == "flex"
+        fastest = "flex" if position.has_bias else "sdpa"
+        assert choose_backend("auto", position, CUDA, torch.bfloat16) == fastest
     assert choose_backend("auto", LearnedBias(), CUDA, torch.bfloat16) == "sdpa"
     for name in ("reference", "sdpa"):
         assert choose_backend(name, LearnedBias(), CPU, torch.float32) == name
