@@ -6,6 +6,7 @@ import random
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from rich.console import Console
@@ -37,7 +38,7 @@ CHECKS: dict[str, Check] = {
 
 
 class RehearsalError(UserError):
-    """The ranks of the run do not fit together: training would be wrong."""
+    """The ranks of the run do not fit together, or could not be built here."""
 
     exit_code = 1
 
@@ -50,18 +51,32 @@ def rehearse(config: RunConfig, world_size: int, whole: bool, cluster: str | Non
         cluster: file in ``configs/clusters`` that says what memory a device has.
 
     Raises:
-        RehearsalError: if something does not fit together; each problem has been printed.
+        RehearsalError: if something does not fit together; the problems have been printed.
         ConfigError: if the config does not fit the world size, or the cluster file is wrong.
     """
     memory_gb = load_node_shape(cluster).device_memory_gb if cluster is not None else None
     layout = Layout.of(config, world_size)  # before the engines are loaded
     ranks = list(range(world_size)) if whole else sample_ranks(layout, config.seed)
-    rehearsal = _run(config, ranks, memory_gb)
+    try:
+        conclude(_run(config, ranks, memory_gb))
+    except BrokenProcessPool:
+        raise RehearsalError(
+            "a process of the rehearsal died, perhaps for lack of memory; try --ranks sample"
+        ) from None
+
+
+def conclude(rehearsal: Rehearsal) -> None:
+    """Print what was found.
+
+    Raises:
+        RehearsalError: if that is a problem.
+    """
     print_report(rehearsal)
-    found = sum(map(len, rehearsal.problems.values()))
+    found, script = sum(map(len, rehearsal.problems.values())), rehearsal.script
     if found:
         raise RehearsalError(
-            f"{found} problems in {config.name} on {layout.describe()}: training would be wrong"
+            f"{script.config.name} on {script.layout.describe()} does not fit together "
+            f"({found:,} problems, above): training would be wrong"
         )
 
 

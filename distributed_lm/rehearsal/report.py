@@ -43,7 +43,7 @@ def print_report(rehearsal: Rehearsal) -> None:
         f"{rehearsal.seconds:.0f} s with {rehearsal.processes} processes"
     )
     if views:
-        console.print(_stages(rehearsal))
+        console.print(_stages(rehearsal), width=max(console.width, 110))
     console.print(f"sequences of steps {_steps(script)}: {escape(script.data_note)}")
     console.print(_memory(rehearsal))
     for name, problems in rehearsal.problems.items():

@@ -2,15 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distributed_lm.data.sequences import StepSequences
 from distributed_lm.layout import Layout
+from distributed_lm.planner.memory import rank_memory
 from distributed_lm.rehearsal.checks import Expected, show, whole_groups
-from distributed_lm.rehearsal.command import CHECKS, find_problems, sample_ranks
-from distributed_lm.rehearsal.views import RankView, SavedBlocks
+from distributed_lm.rehearsal.command import (
+    CHECKS,
+    RehearsalError,
+    conclude,
+    find_problems,
+    sample_ranks,
+)
+from distributed_lm.rehearsal.report import Rehearsal
+from distributed_lm.rehearsal.views import RankView, SavedBlocks, Script
 from tests.support.rehearsal import rehearse_all
 from tests.support.training import VOCAB, tiny_config
 
@@ -247,6 +257,26 @@ def test_of_some_ranks_what_can_be_said_is_checked(right: Views) -> None:
     assert find_problems(alone, EXPECTED) == {name: [] for name in CHECKS}
     twice = change(right[:2], 1, saved=right[0].saved)
     assert "ranks 0 and 1 write it" in find_problems(twice, EXPECTED)["checkpoint"][0]
+
+
+def test_problems_are_printed_and_end_the_command(
+    right: Views, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequences = StepSequences(CONFIG, [1.0], [12], Path())
+    script = Script(CONFIG, LAYOUT, VOCAB, EXPECTED.moments, sequences, (0,), "a stand-in")
+    memory = [rank_memory(CONFIG, LAYOUT, VOCAB, stage) for stage in range(2)]
+    rehearsal = Rehearsal(script, right, find_problems(right, EXPECTED), memory, 80.0, 2, 1.5)
+    conclude(rehearsal)
+    shown = capsys.readouterr().out
+    assert "tiny: data=2 tensor=2 pipeline=2, zero.stage=1; built all of 8 ranks in 2 s" in shown
+    assert "4: 0.25 … 0.003906" in shown
+    assert "embedding, 0–2" in shown
+    assert "fits in a device's 80 GB" in shown
+    broken = change(right, 1, slopes=right[0].slopes)
+    with pytest.raises(RehearsalError, match=r"not fit together \(1 problems, above\)") as error:
+        conclude(replace(rehearsal, views=broken, problems=find_problems(broken, EXPECTED)))
+    assert error.value.exit_code == 1
+    assert "ranks 0, 1 (one tensor group), layer 0: slope 0.25" in capsys.readouterr().out
 
 
 def test_whole_groups(right: Views) -> None:
