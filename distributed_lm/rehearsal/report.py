@@ -34,7 +34,8 @@ class Rehearsal:
 
 def print_report(rehearsal: Rehearsal) -> None:
     script, views = rehearsal.script, rehearsal.views
-    console = Console(soft_wrap=True, highlight=False)
+    width = max(Console().width, 110)  # also in a log, which has none
+    console = Console(soft_wrap=True, highlight=False, width=width)
     world_size = script.layout.world_size
     built = f"{len(views):,}" if len(views) < world_size else "all"
     console.print(
@@ -43,7 +44,7 @@ def print_report(rehearsal: Rehearsal) -> None:
         f"{rehearsal.seconds:.0f} s with {rehearsal.processes} processes"
     )
     if views:
-        console.print(_stages(rehearsal), width=max(console.width, 110))
+        console.print(_stages(rehearsal))
     console.print(f"sequences of steps {_steps(script)}: {escape(script.data_note)}")
     console.print(_memory(rehearsal))
     for name, problems in rehearsal.problems.items():

@@ -2,8 +2,11 @@
 the process that asks for it need not."""
 
 import gc
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 
 from distributed_lm.config import RunConfig
 from distributed_lm.errors import UserError
@@ -14,15 +17,22 @@ def begin() -> None:
     """Once in every process."""
     import torch
 
-    from distributed_lm.checkpoint.fork_queue import end_with
     from distributed_lm.rehearsal import preload  # noqa: F401
 
-    end_with(os.getppid())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
     torch.set_num_threads(1)
     # What is imported stays: the engines ask for many collections, and a third of the time would
     # go into looking at it again.
     gc.freeze()
+
+
+def _end_with_parent() -> None:
+    """This process is the fork server's child, and would outlive a killed parent with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def prepare(config: RunConfig, world_size: int) -> Script:
