@@ -54,6 +54,13 @@ class Stage(str, Enum):
     report = "report"
 
 
+class Ranks(str, Enum):
+    """That are rehearsed."""
+
+    all = "all"
+    sample = "sample"
+
+
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train one run, or continue it from its newest checkpoint."""
@@ -146,6 +153,30 @@ def import_hf(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="NAME", help="File in configs/clusters, or its path.")
+    ] = "h100_8x16",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Default: as the cluster file says.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write the best layout as a config.")
+    ] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also the best layout on 1, 2, 4, … nodes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+) -> None:
+    """Predict parameters, memory, speed and cost of a run, and rank its layouts."""
+    from distributed_lm.plan import plan as run
+
+    run(config, overrides or [], cluster, nodes, write, scaling, as_json)
+
+
+@app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Report environment, devices and data of a run, and prove its attention against fp64."""
     run_config = load_config(config, overrides or [])
@@ -186,6 +217,26 @@ def drill(
     from distributed_lm.drill.command import drill as run
 
     run(config, overrides or [], kills, resume_layout or [], seed, output)
+
+
+@app.command()
+def rehearse(
+    config: ConfigPath,
+    world_size: Annotated[int, typer.Option(min=1, metavar="RANKS", help="Of the whole run.")],
+    overrides: Overrides = None,
+    ranks: Annotated[
+        Ranks, typer.Option(help="Build all ranks, or a few whole replicas of the model.")
+    ] = Ranks.sample,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="File in configs/clusters: memory of a device."),
+    ] = None,
+) -> None:
+    """Build the ranks of a large run on this machine, without memory or network, and compare."""
+    run_config = load_config(config, overrides or [])
+    from distributed_lm.rehearsal.command import rehearse as run
+
+    run(run_config, world_size, ranks is Ranks.all, cluster)
 
 
 @app.command()

@@ -31,10 +31,11 @@ from distributed_lm.evaluation.scored_data import ScoredData
 from distributed_lm.evaluation.scoring import Advance
 from distributed_lm.evaluation.tables import results_table
 from distributed_lm.layout import Layout
-from distributed_lm.model.gpt import GPTStage, build_stages, padded_vocab_size
+from distributed_lm.model.gpt import GPTStage, build_stages
 from distributed_lm.model.parameters import parameter_shards
 from distributed_lm.model.proof import prove_positions
 from distributed_lm.pipeline import Microbatch, run_schedule
+from distributed_lm.planner.vocabulary import padded_vocab_size
 from distributed_lm.process_groups import Process, ProcessGroups
 from distributed_lm.supervision import Supervision, supervision
 

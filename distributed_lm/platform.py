@@ -40,8 +40,9 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def backend() -> str:
-    return "nccl" if has_cuda() else "gloo"
+def backend(device: torch.device) -> str:
+    """Of torch.distributed. Tensors without memory are for a rehearsal, which talks to nobody."""
+    return {"cuda": "nccl", "cpu": "gloo", "meta": "fake"}[device.type]
 
 
 def select_device(local_rank: int) -> torch.device:
@@ -57,6 +58,11 @@ def select_device(local_rank: int) -> torch.device:
     index = local_rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def hide_gpus() -> None:
+    """For a command that computes nothing. Before anything asks for a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def check_precision(precision: str) -> None:

@@ -19,7 +19,7 @@ from distributed_lm.data.corpora import Corpus, corpora_hash, open_corpora
 from distributed_lm.errors import CheckpointError, ConfigError
 from distributed_lm.evaluation.protocols import check_lengths
 from distributed_lm.layout import Layout
-from distributed_lm.model.gpt import padded_vocab_size
+from distributed_lm.planner.vocabulary import padded_vocab_size
 
 # What makes a run that run: another value is another run. ``data.path`` may move, since the hash of
 # its content is compared; anything not listed here may change from one start to the next.
@@ -60,19 +60,28 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     layout = Layout.of(config, world_size)
     platform.check_precision(config.precision)
     corpora = open_corpora(config)
-    vocab_size = padded_vocab_size(config.model, corpora[0].manifest.vocab_size)
-    if vocab_size % config.parallel.tensor:
-        tensor = config.parallel.tensor
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} (padded) cannot be divided over "
-            f"parallel.tensor={tensor}; set model.vocab_size={-(-vocab_size // tensor) * tensor}"
-        )
+    vocab_size = embedding_rows(config, corpora[0].manifest.vocab_size)
     stream = evaluation_stream(config)
     check_lengths(config, config.evaluation_lengths, len(stream) - 1)
     _check_writable(config.run_dir)
     found = Preflight(layout, corpora, vocab_size, stream)
     check_continues(config, found.data_identity)
     return found
+
+
+def embedding_rows(config: RunConfig, data_vocab_size: int) -> int:
+    """``padded_vocab_size``, if it can be divided over the tensor-parallel ranks.
+
+    Raises:
+        ConfigError: if not.
+    """
+    rows, tensor = padded_vocab_size(config.model, data_vocab_size), config.parallel.tensor
+    if rows % tensor:
+        raise ConfigError(
+            f"model.vocab_size={rows} (padded) cannot be divided over "
+            f"parallel.tensor={tensor}; set model.vocab_size={-(-rows // tensor) * tensor}"
+        )
+    return rows
 
 
 def check_continues(config: RunConfig, data_identity: dict[str, str]) -> list[str]:

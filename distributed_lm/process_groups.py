@@ -109,18 +109,23 @@ def joined(config: RunConfig, process: Process, layout: Layout) -> Iterator[Proc
     stop()
 
 
-def start(config: RunConfig, process: Process, layout: Layout) -> ProcessGroups:
+def start(
+    config: RunConfig, process: Process, layout: Layout, device: torch.device | None = None
+) -> ProcessGroups:
     """Join the run: every process calls this once, before building the model.
+
+    Args:
+        device: ``meta`` for a rehearsal: tensors without memory, and groups whose collectives do
+            nothing, so that one process can be any rank of any world. None = what there is.
 
     Raises:
         ConfigError: if the launcher left out what torch.distributed needs.
     """
-    device = platform.select_device(process.local_rank)
-    if device.index is not None:
-        # Where DeepSpeed looks for its device: local rank 3 may be a task that sees one GPU.
-        os.environ["LOCAL_RANK"] = str(device.index)
+    device = device or platform.select_device(process.local_rank)
+    # Where DeepSpeed looks for its device: local rank 3 may be a task that sees one GPU.
+    os.environ["LOCAL_RANK"] = str(process.local_rank if device.index is None else device.index)
     platform.install_cpu_stand_ins()
-    _init_torch_distributed(process, config.parallel.timeout_seconds)
+    _init_torch_distributed(process, device, config.parallel.timeout_seconds)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -128,6 +133,7 @@ def start(config: RunConfig, process: Process, layout: Layout) -> ProcessGroups:
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
         distributed_timeout_minutes=max(1, config.parallel.timeout_seconds // 60),
+        create_gloo_process_groups=device.type != "meta",
     )
     groups = _collect(process, layout, device)
     _check_same_grid(groups)
@@ -171,13 +177,19 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
     get_cuda_rng_tracker().set_states(states)
 
 
-def _init_torch_distributed(process: Process, timeout_seconds: int) -> None:
+def _init_torch_distributed(process: Process, device: torch.device, timeout_seconds: int) -> None:
     options: dict[str, Any] = {
-        "backend": platform.backend(),
+        "backend": platform.backend(device),
         "rank": process.rank,
         "world_size": process.world_size,
         "timeout": datetime.timedelta(seconds=timeout_seconds),
     }
+    if device.type == "meta":
+        # Importing it also registers the backend.
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group(store=FakeStore(), **options)
+        return
     if process.world_size == 1:
         dist.init_process_group(store=dist.HashStore(), **options)
         return

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from distributed_lm.errors import ConfigError
+from distributed_lm.planner.devices import NodeShape
 
 CLUSTERS = Path("configs/clusters")
 # Nothing that a shell would read as more than text. In a #SBATCH line no blank and no "#" either:
@@ -58,21 +59,17 @@ class Container(Section):
     """Interpreter inside."""
 
 
-class Cluster(Section):
-    """One cluster. Fields left out are not given to Slurm, which then uses its own default."""
+class Cluster(NodeShape, Section):
+    """One cluster; ``NodeShape`` has nodes and devices. Fields left out are not given to Slurm,
+    which then uses its own default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
     exclusive: bool = False
-    nodes: PositiveInt = 1
-    """Nodes of a run, unless ``--nodes`` says otherwise."""
-    devices_per_node: PositiveInt
-    """Ranks per node: its GPUs, or how many processes share its CPUs."""
-    device: Literal["gpu", "cpu"] = "gpu"
-    device_memory_gb: PositiveFloat | None = None
-    """Of one device (of a CPU node: its memory over ``devices_per_node``), for the memory check."""
     gpu_type: Word | None = None
     """As in ``--gpus-per-node=TYPE:N``."""
     cpus_per_task: PositiveInt | None = None

@@ -13,7 +13,7 @@ from distributed_lm.config import RunConfig, load_config
 from distributed_lm.data.manifest import read_manifest
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
-from distributed_lm.planner.memory import check_fits, checkpoint_bytes
+from distributed_lm.planner.memory import Device, check_fits, checkpoint_bytes
 from launch.cluster import Cluster, seconds_of
 from launch.health import code_hash
 from launch.script import (
@@ -58,7 +58,8 @@ def plan_submission(
     layout = Layout.of(config, nodes * cluster.devices_per_node)
     vocab_size = _vocab_size(config)
     if cluster.device_memory_gb is not None:
-        check_fits(config, layout, vocab_size, cluster.device_memory_gb * 1e9)
+        device: Device = "cuda" if cluster.device == "gpu" else "cpu"
+        check_fits(config, layout, vocab_size, cluster.device_memory_gb * 1e9, device)
     _check_shared("output_dir", config.output_dir, config.run_dir, cluster)
     job = _job(config, cluster, wishes, nodes, vocab_size)
     script_path = job.slurm_dir / "run.sbatch"

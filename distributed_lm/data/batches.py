@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from distributed_lm.config import RunConfig
-from distributed_lm.data.blend import BlockOrder
 from distributed_lm.data.corpora import (
     Corpus,
     corpora_hash,
@@ -30,7 +29,7 @@ from distributed_lm.data.index_cache import (
     check_shared_cache,
     writing_to,
 )
-from distributed_lm.errors import TrainingError
+from distributed_lm.data.sequences import StepSequences
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -50,7 +49,7 @@ def build_index_caches(config: RunConfig) -> None:
     """
     corpora = open_corpora(config)
     indices = [EpochIndex(corpus, config) for corpus in corpora]
-    order = _order(config, corpora, indices)
+    order = step_sequences(config, corpora).order
     if not order.is_built:
         with writing_to(cache_folder(corpora[0].folder, config)):
             order.build()
@@ -74,12 +73,9 @@ class TrainingData:
         corpora = open_corpora(config)
         self.vocab_size = corpora[0].manifest.vocab_size
         self.corpus_hash = corpora_hash(corpora)
-        self._config = config
         self._sequence_length = config.data.sequence_length
-        self._sequences_per_block = config.data.block_size // config.data.sequence_length
-        self._blocks_per_step = config.tokens_per_step // config.data.block_size
         self._indices = [EpochIndex(corpus, config) for corpus in corpora]
-        self._order = _order(config, corpora, self._indices)
+        self._sequences = step_sequences(config, corpora)
         # An epoch is left for good once its last block is read; blends straddle a boundary.
         self._open = functools.lru_cache(maxsize=2 * len(corpora))(self._open_epoch)
 
@@ -91,7 +87,7 @@ class TrainingData:
         Raises:
             TrainingError: if ``position`` lies beyond what was planned for the run.
         """
-        places = self._places(position)
+        places = self._sequences.places(position)
         return [
             (corpus, epoch, int(self._open(corpus, epoch).shuffle_index[place]))
             for corpus, epoch, place in places
@@ -102,8 +98,7 @@ class TrainingData:
     ) -> tuple[Tensor, Tensor]:
         """One data-parallel rank's part of step ``position`` (from 0).
 
-        The step's sequences are its blocks in order, each cut from its start. Microbatch m of rank
-        r holds those from ``(m · data_parallel_size + r) · micro_batch_size`` on.
+        Which sequences those are: ``sequences.py``.
 
         Returns:
             tokens and labels, each int64 [global_batch_size / data_parallel_size,
@@ -112,58 +107,29 @@ class TrainingData:
         Raises:
             TrainingError: if ``position`` lies beyond what was planned for the run.
         """
-        places = self._places(position)
-        rows = self._rows(data_parallel_rank, data_parallel_size)
-        shape = (len(rows), self._sequence_length)
+        mine = self._sequences.of_rank(position, data_parallel_rank, data_parallel_size)
+        shape = (len(mine), self._sequence_length)
         tokens = torch.empty(shape, dtype=torch.int64)
         labels = torch.empty(shape, dtype=torch.int64)
-        read = -1
-        for row, sequence in enumerate(rows):
-            number, part = divmod(sequence, self._sequences_per_block)
-            if number != read:
-                corpus, epoch, place = places[number]
-                block, read = self._open(corpus, epoch)[place], number
+        read = None
+        for row, (*place, part) in enumerate(mine):
+            if place != read:
+                corpus, epoch, number = place
+                block, read = self._open(corpus, epoch)[number], place
             cut = slice(part * self._sequence_length, (part + 1) * self._sequence_length)
             tokens[row] = block["tokens"][cut]
             labels[row] = block["labels"][cut]
         return tokens, labels
 
-    def _places(self, position: int) -> list[tuple[int, int, int]]:
-        first = position * self._blocks_per_step
-        last = first + self._blocks_per_step
-        if position < 0 or last > self._order.length:
-            planned = self._order.length // self._blocks_per_step
-            raise TrainingError(
-                f"train.spike.action=rewind has left out more batches than the "
-                f"{self._config.train.steps} steps of the run: batch {position} of {planned} "
-                "planned was asked for; lower optimizer.learning_rate or raise "
-                "train.spike.threshold"
-            )
-        return [self._order.place(number) for number in range(first, last)]
-
-    def _rows(self, rank: int, size: int) -> list[int]:
-        """Numbers, within the step, of the sequences that ``rank`` gets, in the order it does."""
-        micro = self._config.batch.micro_batch_size
-        sequences = self._config.batch.global_batch_size
-        return [
-            start + offset
-            for start in range(rank * micro, sequences, micro * size)
-            for offset in range(micro)
-        ]
-
     def _open_epoch(self, corpus: int, epoch: int) -> "GPTDataset":
         return self._indices[corpus].open(epoch)
 
 
-def _order(
-    config: RunConfig, corpora: Sequence[Corpus], indices: Sequence[EpochIndex]
-) -> BlockOrder:
-    """The order over all steps of the run, and some more: rewinding past a spike skips steps."""
-    rewinds = config.train.steps if config.train.spike.action == "rewind" else 0
-    steps = config.train.steps + rewinds + 10
-    return BlockOrder(
+def step_sequences(config: RunConfig, corpora: Sequence[Corpus]) -> StepSequences:
+    """Of a run over these data sets. Reads nothing."""
+    return StepSequences(
+        config,
         [corpus.weight for corpus in corpora],
-        [index.blocks_per_epoch for index in indices],
-        steps * (config.tokens_per_step // config.data.block_size),
+        [corpus.blocks_per_epoch(config.data.block_size) for corpus in corpora],
         cache_folder(corpora[0].folder, config),
     )

@@ -34,7 +34,7 @@ from distributed_lm.export.comparison import Comparison, compare
 from distributed_lm.export.names import Table, table_of
 from distributed_lm.export.safetensors_files import write_shards
 from distributed_lm.export.tokenizers import write_tokenizer
-from distributed_lm.model.gpt import padded_vocab_size
+from distributed_lm.planner.vocabulary import padded_vocab_size
 
 WEIGHTS = "model."
 

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
-from distributed_lm.errors import ConfigError
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
@@ -313,20 +312,3 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
             mlp_bda=get_bias_dropout_add,
         ),
     )
-
-
-def padded_vocab_size(model: ModelConfig, data_vocab_size: int) -> int:
-    """Rows of the embedding: as configured, or the data set's padded to a multiple of 64.
-
-    The padding is independent of the layout, so a checkpoint fits any of them.
-
-    Raises:
-        ConfigError: if the vocabulary has no words for the last adaptive band.
-    """
-    rows = model.vocab_size or -(-data_vocab_size // 64) * 64
-    if model.adaptive is not None and rows <= model.adaptive.cutoffs[-1]:
-        raise ConfigError(
-            f"model.adaptive.cutoffs={list(model.adaptive.cutoffs)}: the data set's vocabulary has "
-            f"only {data_vocab_size} words; choose cutoffs below that"
-        )
-    return rows

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distributed_lm.config import RunConfig
-from distributed_lm.data.manifest import read_manifest
-from distributed_lm.errors import DataError
+from distributed_lm.data.vocabulary import vocabulary
 from distributed_lm.planner.flops import training_flops_per_token
 from distributed_lm.planner.parameters import total_parameters
 from distributed_lm.study.choice import Choice
@@ -51,16 +50,6 @@ def make_bill(study: Study) -> list[Item]:
     items.append(_item("speed", study, [run.config for run in speed_runs(study)]))
     items.append(_evaluation(study, choice))
     return [item for item in items if item.runs]
-
-
-def vocabulary(config: RunConfig) -> int | None:
-    """Rows of the embedding; None while the data set is not prepared."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    try:
-        return read_manifest(config.data.corpora[0].path).vocab_size
-    except DataError:
-        return None
 
 
 def parameters(study: Study, arm: Arm) -> int | None:

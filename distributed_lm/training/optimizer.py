@@ -28,6 +28,9 @@ class AdamW(torch.optim.AdamW):
 Optimizer = AdamW | NAG
 """Each has ``moments``, what its state holds beside ``step``, and ``skip_update``."""
 
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "nag": NAG}
+"""By ``optimizer.kind``."""
+
 
 def build_optimizer(shards: list[ParameterShard], config: OptimizerConfig) -> Optimizer:
     """Over two groups: matrices with weight decay, biases and norms without."""

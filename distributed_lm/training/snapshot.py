@@ -38,7 +38,7 @@ def begin_snapshot(
     Raises:
         SaveError: with the reason; training can go on.
     """
-    ensure_moments(engine)
+    blocks = snapshot_blocks(engine)
     content = {
         **state,
         "layout": engine.groups.layout.describe(),
@@ -47,9 +47,14 @@ def begin_snapshot(
         "config": engine.config.model_dump(mode="json"),
         "versions": platform.describe_environment(),
     }
-    blocks = weight_blocks(engine) + optimizer_blocks(engine) + _random_blocks(engine.groups)
     timeout_seconds = engine.config.checkpoint.save_timeout_seconds
     return store.Save(run_dir, step, blocks, content, engine.groups, timeout_seconds)
+
+
+def snapshot_blocks(engine: TrainingEngine) -> list[Block]:
+    """Every tensor of a checkpoint as far as this rank holds it."""
+    ensure_moments(engine)
+    return weight_blocks(engine) + optimizer_blocks(engine) + _random_blocks(engine.groups)
 
 
 def load_snapshot(engine: TrainingEngine, run_dir: Path, step: int) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from distributed_lm.export.classes import config_json
 from distributed_lm.export.incoming import import_hf
 from distributed_lm.export.outgoing import export_hf
 from distributed_lm.layout import Layout
-from distributed_lm.model.gpt import build_stages, padded_vocab_size
+from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
+from distributed_lm.planner.vocabulary import padded_vocab_size
 from distributed_lm.process_groups import Process
 from tests.support.runs import SMOKE
 

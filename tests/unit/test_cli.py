@@ -12,7 +12,7 @@ from distributed_lm.errors import ConfigError, TrainingError
 
 SMOKE = Path(__file__).parents[2] / "configs" / "runs" / "smoke.yaml"
 COMMANDS = ("prepare-data", "merge-data", "train", "evaluate", "export-hf", "import-hf", "check",
-            "demo", "drill")  # fmt: skip
+            "demo", "drill", "rehearse")  # fmt: skip
 HEAVY = ("torch", "megatron", "deepspeed", "transformers", "datasets", "wandb")
 
 

@@ -282,8 +282,8 @@ class TestRefusals:
         command += [f"output_dir={tmp_path}/runs"]
         assert refusal(command, capsys) == (
             "model: weights, gradients and optimizer state need 79.8 GB on each device with data=2 "
-            "tensor=1 pipeline=1 and zero.stage=1, a device has 24 GB; raise zero.stage, "
-            "parallel.tensor or the number of nodes\n"
+            "tensor=1 pipeline=1 and zero.stage=1, activations and buffers 1.0 GB more; a device "
+            "has 24 GB; raise zero.stage, parallel.tensor or the number of nodes\n"
         )
         assert not (tmp_path / "runs").exists()
 

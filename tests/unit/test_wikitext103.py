@@ -11,7 +11,7 @@ from distributed_lm.layout import Layout
 from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import parameter_shards
 from distributed_lm.planner.flops import training_flops_per_token
-from distributed_lm.planner.memory import state_bytes_per_device
+from distributed_lm.planner.memory import rank_memory
 from distributed_lm.planner.parameters import total_parameters
 from distributed_lm.process_groups import Process
 from tests.support.ranks import run_distributed
@@ -111,7 +111,7 @@ def test_nesterov_needs_four_bytes_less_per_parameter_than_adam() -> None:
         update={"optimizer": config.optimizer.model_copy(update={"kind": "adamw"})}
     )
     one = Layout(1, 1, 1, 1, False)
-    sizes = [state_bytes_per_device(which, one, 267_744) for which in (adam, config)]
+    sizes = [rank_memory(which, one, 267_744, 0).moments for which in (adam, config)]
     assert sizes[0] - sizes[1] == 4 * FAIRSEQ_PARAMETERS
 
 
@@ -137,7 +137,7 @@ def test_a_wrong_value_is_named(overrides: list[str], parts: list[str]) -> None:
 
 
 def test_vocabulary_without_rare_words_is_refused() -> None:
-    from distributed_lm.model.gpt import padded_vocab_size
+    from distributed_lm.planner.vocabulary import padded_vocab_size
 
     model = ModelConfig(
         num_layers=1,
