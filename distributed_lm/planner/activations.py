@@ -104,14 +104,13 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     copies = sizes.head_stream + sizes.key_value  # of queries, keys and values
     if backend == "reference":
         scores = sizes.scores * (3 if model.dropout.attention else 1)
-        return scores + copies * 4 / sizes.item * (1 if sizes.item < 4 else 2 / 3)
+        # In fp32: 16-bit queries, keys and values are let go for their copies.
+        return scores + copies * (4 / sizes.item - 1 if sizes.item < 4 else 2 / 3)
     has_gradient_bias = model.position == "t5" and backend == "sdpa"
     if has_gradient_bias or (model.dropout.attention and device == "cpu"):
         # No fused kernel: torch computes the scores, and keeps them.
-        return 3 * sizes.scores + copies * 2 / 3
-    if (
-        backend == "sdpa" and device == "cuda" and has_bias(config)
-    ):  # computes in fp32: see attention_backends.sdpa
+        return sizes.scores * (3 if model.dropout.attention else 1) + copies * 2 / 3
+    if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
     return sizes.log_sums
 
