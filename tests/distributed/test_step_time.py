@@ -21,7 +21,7 @@ from distributed_lm.training.engine import TrainingEngine
 from tests.support.ranks import run_distributed
 from tests.support.training import VOCAB, random_microbatches, tiny_config
 
-ROUNDS = 8
+ROUNDS = 12
 
 
 def timed_config(length: int, batch: int, micro: int, **sections: Any) -> RunConfig:
@@ -71,13 +71,14 @@ def ratio(first: RunConfig, second: RunConfig, world_size: int, clock: str) -> t
 
 
 def test_more_microbatches_fill_the_pipeline() -> None:
-    """Four times the work in three times the time: (8 + 1) / (2 + 1)."""
+    """Four times the work in three times the time: (8 + 1) / (2 + 1). Without a bubble it
+    would be four."""
     pipeline = {"pipeline": 2}
     few = timed_config(128, 4, 2, parallel=pipeline)
     many = timed_config(128, 16, 2, parallel=pipeline)
     measured, predicted = ratio(few, many, 2, "perf_counter")
     assert 2.6 < predicted < 3.2
-    assert measured == pytest.approx(predicted, rel=0.35)
+    assert measured == pytest.approx(predicted, rel=0.3)
 
 
 def test_twice_the_length_at_as_many_tokens() -> None:
@@ -85,4 +86,4 @@ def test_twice_the_length_at_as_many_tokens() -> None:
     short, long = timed_config(128, 8, 4), timed_config(256, 4, 2)
     measured, predicted = ratio(short, long, 1, "process_time")
     assert 1.0 < predicted < 1.3
-    assert measured == pytest.approx(predicted, rel=0.35)
+    assert measured == pytest.approx(predicted, rel=0.15)
