@@ -128,6 +128,8 @@ def test_recompute_costs_a_forward_pass() -> None:
         (4, 1, 2, [[2], [2], [2], [1]]),
         # Two ranks of two chunks: warm-ups 4 and 2 (schedules.py), one forward more each.
         (2, 2, 4, [[3, 2], [2, 1]]),
+        # In groups of four: 4 of the first chunk, 4 of the second, 3 of the first again.
+        (4, 2, 8, [[7, 4], [5, 4], [4, 3], [4, 1]]),
     ],
 )
 def test_microbatches_in_flight(
