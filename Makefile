@@ -1,6 +1,7 @@
 # make demo    train short, test long: about eight minutes on two cores
 # make test    the whole test suite
 # make check   style, types and import rules
+# make bench   the benchmarks, and whether their ratios are as on record (BENCH_FLAGS=--record: anew)
 # Each does its own set-up. On a machine without a GPU, keep pip from the CUDA build of torch with
 #   make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 
@@ -8,12 +9,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DEMO_DATA := data/sotu-bytes
 
-.PHONY: install demo test check lock clean system-packages
+.PHONY: install demo test check bench lock clean system-packages
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -63,6 +65,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
 # Renew constraints.txt from what the ranges in pyproject.toml give in a fresh environment.
 lock:

@@ -10,10 +10,9 @@ CPUs with gloo.
 """
 
 import argparse
+import functools
 import statistics
 from contextlib import ExitStack
-from typing import Any
-
 import torch
 
 from benchmarks import harness
@@ -25,6 +24,7 @@ from distributed_lm.config import RunConfig
 CPU = torch.device("cpu")
 MICROBATCHES = (2, 4, 8, 16)
 STAGES = 2
+CHUNKS = (1, 2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,14 +37,14 @@ def measure(options: argparse.Namespace) -> Result:
     result = Result("bubble", CPU)
     size = SIZES["light" if options.light else "default"]
     with ExitStack() as stack:
+        ranks = {chunks: stack.enter_context(_start(size, chunks)) for chunks in CHUNKS}
         cases = {
-            (chunks, count): stack.enter_context(_start(size, chunks, count)).turn
-            for chunks in (1, 2)
+            f"{chunks} {count}": functools.partial(ranks[chunks].turn, count)
+            for chunks in CHUNKS
             for count in MICROBATCHES
         }
-        named = {f"{chunks} {count}": turn for (chunks, count), turn in cases.items()}
-        samples = harness.alternate(named, options.rounds, CPU)
-    for chunks in (1, 2):
+        samples = harness.alternate(cases, options.rounds, CPU)
+    for chunks in CHUNKS:
         seconds = {count: samples[f"{chunks} {count}"].seconds for count in MICROBATCHES}
         shares = bubbles(seconds)
         for count in MICROBATCHES:
@@ -84,22 +84,24 @@ def _slope(values: dict[int, float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def _start(size: dict[str, int], chunks: int, count: int) -> Ranks:
+def _start(size: dict[str, int], chunks: int) -> Ranks:
     parallel = {"pipeline": STAGES, "virtual_pipeline": chunks}
-    config = run_config(size, count, 1, parallel=parallel, zero={"stage": 0})
+    config = run_config(size, max(MICROBATCHES), 1, parallel=parallel, zero={"stage": 0})
     return Ranks(build_schedule, config, world_size=STAGES, threads=1)
 
 
 def build_schedule(config: RunConfig) -> Turn:
-    """On every rank: forward and backward of a batch, without reduction or optimizer."""
+    """On every rank: forward and backward of so many microbatches, without reduction or
+    optimizer."""
+    from benchmarks.engines import build_engine
     from distributed_lm.pipeline import run_schedule
-    from tests.support.training import build_engine, random_microbatches
+    from tests.support.training import random_microbatches
 
     engine, groups = build_engine(config)
     microbatches = random_microbatches(config, groups, 0)
 
-    def turn() -> Any:
-        run_schedule(engine.handles, microbatches, groups, forward_only=False)
+    def turn(count: int) -> None:
+        run_schedule(engine.handles, microbatches[:count], groups, forward_only=False)
         engine.optimizer.zero_grad(set_to_none=False)
 
     return turn

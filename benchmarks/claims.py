@@ -140,10 +140,10 @@ def plan_cases(base: RunConfig, device: torch.device) -> list[Case]:
 def build_step(config: RunConfig) -> Turn:
     """In a process of its own: a training step, which returns its peak memory in bytes."""
     platform.quiet_engines()  # before they are imported
-    from benchmarks import engines
+    from benchmarks.engines import build_engine, random_batch
 
-    engine, microbatches = engines.build(config), engines.random_batch(config)
-    device = engine.groups.device
+    engine, groups = build_engine(config)
+    microbatches, device = random_batch(config), groups.device
     engine.train_step(microbatches, 1e-5)  # compiles, and makes the optimizer's state
     harness.forget_peak_memory(device)
 

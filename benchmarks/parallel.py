@@ -121,7 +121,8 @@ def run_config(
 
 def build_step(config: RunConfig) -> Turn:
     """On every rank: a training step on this rank's share of random tokens."""
-    from tests.support.training import build_engine, random_microbatches
+    from benchmarks.engines import build_engine
+    from tests.support.training import random_microbatches
 
     engine, groups = build_engine(config)
     microbatches = random_microbatches(config, groups, 0)

@@ -66,10 +66,15 @@ def claims(content: dict[str, Any]) -> Any:
 
 
 def train_step(content: dict[str, Any]) -> Any:
-    """Tokens per second of each case."""
+    """Tokens per second of each case, and what they would be at a matrix product's rate."""
     rows = content["rows"]
     labels = [f"{row['case']}, {row['precision']}" for row in rows]
-    return _bars(rows, labels, {"tokens/s": "tokens per second"})
+    figure = _bars(rows, labels, {"tokens/s": "tokens per second"})
+    walls = [row["tokens/s"] / row["of matrix product, full"] for row in rows]
+    [axis] = figure.axes
+    axis.scatter(walls, range(len(rows)), marker="|", s=140, color=GREY, label="matrix product")
+    _legend_below(figure, axis)
+    return figure
 
 
 def ratios(content: dict[str, Any]) -> Any:

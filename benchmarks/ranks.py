@@ -15,10 +15,10 @@ import torch
 
 from tests.support.ranks import CONTEXT, become_rank, free_port
 
-BUILD_SECONDS = 120.0
+BUILD_SECONDS = 300.0
 TURN_SECONDS = 300.0
 
-Turn = Callable[[], Any]
+Turn = Callable[..., Any]
 
 
 class Ranks:
@@ -55,12 +55,16 @@ class Ranks:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        self._answers(BUILD_SECONDS)
+        self._is_built = False
 
-    def turn(self) -> list[Any]:
-        """Let every rank take one turn, and return what each returned."""
+    def turn(self, *arguments: Any) -> list[Any]:
+        """Call every rank's turn with ``arguments``, and return what each returned. The first waits
+        for the ranks to be built, which goes on beside other ranks' building."""
+        if not self._is_built:
+            self._answers(BUILD_SECONDS)
+            self._is_built = True
         for connection in self._connections:
-            connection.send(True)
+            connection.send(arguments)
         return self._answers(TURN_SECONDS)
 
     def close(self) -> None:
@@ -103,8 +107,8 @@ def _main(
     try:
         turn = build(*arguments)
         connection.send((True, None))
-        while connection.recv():
-            connection.send((True, turn()))
+        while True:
+            connection.send((True, turn(*connection.recv())))
     except EOFError:  # the benchmark has ended
         pass
     except BaseException:

@@ -9,6 +9,7 @@ ours computes.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.pipeline import split_batch
 from distributed_lm.planner.flops import training_flops_per_token
-from distributed_lm.process_groups import Process
+from distributed_lm.process_groups import Process, ProcessGroups
 from distributed_lm.training.engine import TrainingEngine
 
 Step = Callable[[], Any]
@@ -93,10 +94,15 @@ def tokens_of(config: RunConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+@functools.lru_cache(maxsize=1)
+def join() -> ProcessGroups:
+    """Once: engines of both precisions live in one process."""
+    config = config_of(parser().parse_args([]), "fp32")
+    return process_groups.start(config, Process.from_environment(), Layout.of(config, 1))
+
+
 def ours(config: RunConfig) -> Step:
-    process = Process.from_environment()
-    process_groups.stop()
-    groups = process_groups.start(config, process, Layout.of(config, 1))
+    groups = join()
     vocab_size = config.model.vocab_size or 0
     stages = build_stages(config, vocab_size, groups)
     initialize_weights(parameter_shards(stages, groups), config.model, config.seed)
@@ -158,19 +164,18 @@ def plain(config: RunConfig, autocast: bool = False, compiled: bool = False) -> 
     return of_torch(config, model, lambda _, *inputs: called(*inputs), autocast)
 
 
+def compiled(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+
+
 CASES: dict[str, Callable[[RunConfig], Step]] = {
     "ours": ours,
-    "ours, nothing fused": lambda config: ours(unfused(config)),
+    "ours, compiled": lambda config: ours(compiled(config)),
     "transformers MPT": mpt,
     "transformers MPT, autocast": lambda config: mpt(config, autocast=True),
     "plain torch": plain,
     "plain torch, compiled": lambda config: plain(config, compiled=True),
 }
-
-
-def unfused(config: RunConfig) -> RunConfig:
-    """The reference path."""
-    return config
 
 
 def cases_of(options: argparse.Namespace, precision: str) -> list[str]:
@@ -281,8 +286,7 @@ def print_parts(step: Step, precision: str, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    options = harness.arguments(parser())
-    if options.memory_of:
-        print_memory(options)
+    if "--memory-of" in sys.argv:
+        print_memory(harness.arguments(parser()))
     else:
-        measure(options).write(options.output)
+        harness.main(parser(), measure)

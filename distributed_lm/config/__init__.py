@@ -7,6 +7,7 @@ than one field.
 
 from distributed_lm.config.checks import (
     check_config,
+    compile_obstacle,
     longest_input,
 )
 from distributed_lm.config.loading import (
@@ -55,6 +56,7 @@ __all__ = [
     "Section",
     "SpikeConfig",
     "check_config",
+    "compile_obstacle",
     "load_config",
     "load_run_config",
     "longest_input",

@@ -52,6 +52,23 @@ def check_config(config: RunConfig) -> None:
             "gives wrong gradients, since it reduces before the pipeline has accumulated them; "
             "set zero.stage=1"
         )
+    obstacle = compile_obstacle(config)
+    if config.train.compile is True and obstacle:
+        raise ConfigError(f"train.compile=true: {obstacle}; set train.compile=auto")
+
+
+def compile_obstacle(config: RunConfig) -> str | None:
+    """Why the decoder layers of this run cannot be compiled each in one piece; None = they can."""
+    rates = config.model.dropout
+    if config.parallel.tensor > 1:
+        return f"parallel.tensor={config.parallel.tensor} communicates inside each layer"
+    if config.zero.stage == 3:
+        return "zero.stage=3 gathers weights inside each layer"
+    if config.train.recompute == "selective":
+        return "train.recompute=selective saves random states inside each layer"
+    if any((rates.hidden, rates.attention, rates.activation)):
+        return "model.dropout would draw other random numbers"
+    return None
 
 
 def _check_only_for(section: Any, name: str, kinds: dict[str, str]) -> None:

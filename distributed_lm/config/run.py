@@ -95,6 +95,8 @@ class TrainConfig(Section):
     """Optimizer steps. May be raised when a run is resumed."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations to recompute in backward: none, the core attention, or whole layers."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the decoder layers (``torch.compile``); ``auto`` does so on a GPU, where it can."""
     log_every: Count = 1
     """Steps between lines in ``metrics.jsonl`` and W&B."""
     spike: SpikeConfig = SpikeConfig()

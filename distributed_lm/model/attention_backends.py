@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distributed_lm.errors import ConfigError
 from distributed_lm.model.alibi import slopes_tensor
+from distributed_lm.model.compilation import MAX_COMPILED_SHAPES
 from distributed_lm.model.positions import PositionMethod
 
 Attend = Callable[..., Tensor]
@@ -25,10 +26,10 @@ Attend = Callable[..., Tensor]
 # Largest bias kept at once, in fp32 elements (256 MiB): longer inputs go through in query chunks.
 MAX_BIAS_ELEMENTS = 1 << 26
 
-# FlexAttention is compiled for each shape: training, the proof and every evaluated length, with and
-# without gradients. Past torch's default of 8 it would run unfused, the whole matrix of scores in
-# memory.
-MAX_COMPILED_SHAPES = 128
+# Queries of one call to SDPA on a CPU, whose kernel reads a mask but skips nothing for it: chunks
+# leave out the keys that no query of theirs sees, nearly half of all in the end. Shorter ones skip
+# more and lose as much to smaller matrix products.
+CPU_QUERIES = 256
 
 
 def reference(
@@ -77,13 +78,21 @@ def sdpa(
     heads = query_BNQH.size(1) if position.has_bias else 1
     # Without gradients the inputs are long and nothing is kept: a quarter does.
     kept = MAX_BIAS_ELEMENTS if torch.is_grad_enabled() else MAX_BIAS_ELEMENTS // 4
-    chunk = max(1, kept // (heads * num_keys))
+    bias_queries = max(1, kept // (heads * num_keys))
+    chunk = bias_queries if query_BNQH.is_cuda else min(bias_queries, CPU_QUERIES)
     first = num_keys - num_queries
+    device = query_BNQH.device
+    whole = None
+    if bias_queries >= num_queries:  # every layer of a stage asks for the same
+        whole = causal_bias(position, range(first, num_keys), num_keys, device)
     outputs = []
     for start in range(0, num_queries, chunk):
         stop = min(start + chunk, num_queries)
         visible = first + stop  # no query of this chunk sees past it
-        bias = causal_bias(position, range(first + start, visible), visible, query_BNQH.device)
+        if whole is not None:
+            bias = whole[:, start:stop, :visible]
+        else:
+            bias = causal_bias(position, range(first + start, visible), visible, device)
         outputs.append(
             F.scaled_dot_product_attention(
                 query_BNQH[:, :, start:stop],
@@ -108,13 +117,15 @@ def flex(
     """FlexAttention: causal block mask, bias computed in the kernel."""
     assert dropout == 0.0, "choose_backend lets no dropout through to FlexAttention"
     num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
-    attend = _compiled_flex() if query_BNQH.is_cuda else _flex_module().flex_attention
+    attend = _flex_module().flex_attention
+    if query_BNQH.is_cuda and not torch.compiler.is_compiling():
+        attend = _compiled_flex()
     return attend(
         query_BNQH,
         key_BGKH,
         value_BGKH,
         score_mod=position.score_mod(num_keys - num_queries, num_keys, query_BNQH.device),
-        block_mask=_causal_block_mask(num_queries, num_keys, query_BNQH.device),
+        block_mask=_causal_block_mask(position, num_queries, num_keys, query_BNQH.device),
         enable_gqa=key_BGKH.size(1) != query_BNQH.size(1),
     )
 
@@ -202,22 +213,21 @@ def causal_bias(
 
     Returns:
         fp32 [N, Q, K], or [1, Q, K] without a bias. The last one asked for is kept on the
-        position method, since every layer of a stage asks for the same; not if it has weights,
-        which training changes and which need a gradient each time.
+        position method; not if it has weights, which training changes and which need a gradient
+        each time.
     """
-    key = (queries, num_keys, device)
-    cached = getattr(position, "_cached_bias", None)
-    if cached is not None and cached[0] == key:
-        return cached[1]
-    bias = position.bias(queries, num_keys, device)
-    if bias is None:
-        bias = torch.zeros(1, len(queries), num_keys, device=device)
-    keys = torch.arange(num_keys, device=device)
-    rows = torch.arange(queries.start, queries.stop, device=device)
-    bias = bias.masked_fill(keys[None, :] > rows[:, None], float("-inf"))
-    if next(position.parameters(), None) is None:
-        object.__setattr__(position, "_cached_bias", (key, bias))
-    return bias
+
+    def make() -> Tensor:
+        bias = position.bias(queries, num_keys, device)
+        if bias is None:
+            bias = torch.zeros(1, len(queries), num_keys, device=device)
+        keys = torch.arange(num_keys, device=device)
+        rows = torch.arange(queries.start, queries.stop, device=device)
+        return bias.masked_fill(keys[None, :] > rows[:, None], float("-inf"))
+
+    if next(position.parameters(), None) is not None:
+        return make()
+    return _kept(position, "_kept_bias", (queries, num_keys, device), make)
 
 
 def _repeat_groups(tensor_BGKH: Tensor, num_heads: int) -> Tensor:
@@ -236,17 +246,35 @@ def _flex_module() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex() -> Any:
+    # Past torch's default of 8 shapes it would run unfused, the whole matrix of scores in memory.
     compiled = torch.compile(_flex_module().flex_attention, dynamic=False)
     return torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES)(compiled)
 
 
-@functools.lru_cache(maxsize=16)
-def _causal_block_mask(num_queries: int, num_keys: int, device: torch.device) -> Any:
+def _causal_block_mask(
+    position: PositionMethod, num_queries: int, num_keys: int, device: torch.device
+) -> Any:
     first = num_keys - num_queries
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query + first
 
-    return _flex_module().create_block_mask(
-        causal, None, None, num_queries, num_keys, device=device
-    )
+    def make() -> Any:
+        return _flex_module().create_block_mask(
+            causal, None, None, num_queries, num_keys, device=device
+        )
+
+    return _kept(position, "_kept_block_mask", (num_queries, num_keys, device), make)
+
+
+def _kept(
+    position: PositionMethod, name: str, key: tuple[Any, ...], make: Callable[[], Any]
+) -> Any:
+    """What ``make`` returned when last asked for ``key``, kept on the position method: every layer
+    of a stage asks for the same. An attribute and no cache of functools', which torch.compile sees
+    through: it would make it again in every layer."""
+    kept = getattr(position, name, None)
+    if kept is None or kept[0] != key:
+        kept = (key, make())
+        object.__setattr__(position, name, kept)
+    return kept[1]

@@ -10,7 +10,8 @@ import contextlib
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import RowParallelLinear, get_cuda_rng_tracker
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,11 +33,11 @@ def sharded_random_state(config: TransformerConfig) -> contextlib.AbstractContex
     return get_cuda_rng_tracker().fork()
 
 
-class DropoutRowParallelLinear(RowParallelLinear):
-    """The feed-forward block's second projection with dropout of its input: fairseq's
-    ``activation_dropout``, for which Megatron has no name."""
+class RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Megatron's, with dropout of its input (fairseq's ``activation_dropout``, for which Megatron
+    has no name), and traced by ``torch.compile`` in one piece."""
 
-    def __init__(self, *args: Any, dropout: float, **megatron: Any) -> None:
+    def __init__(self, *args: Any, dropout: float = 0.0, **megatron: Any) -> None:
         super().__init__(*args, **megatron)
         self.dropout = dropout
 
@@ -45,3 +46,7 @@ class DropoutRowParallelLinear(RowParallelLinear):
             with sharded_random_state(self.config):
                 values = F.dropout(values, self.dropout)
         return super().forward(values)
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Megatron gives no group here, and then warns of that, which would break the graph.
+        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})

@@ -33,8 +33,9 @@ from distributed_lm.config import ModelConfig, RunConfig
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
+from distributed_lm.model.compilation import compile_layers, wants_compilation
 from distributed_lm.model.core_attention import CoreAttention
-from distributed_lm.model.dropout import DropoutRowParallelLinear, replicated_dropout
+from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout
 from distributed_lm.model.loss import OutputLayer, TokenLosses
 from distributed_lm.model.norms import NORMS
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
@@ -216,7 +217,10 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
                 post_process=last_pipeline and chunk == chunks - 1,
             )
         )
-    return [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    stages = [stage.to(device=groups.device, dtype=dtype) for stage in stages]
+    if wants_compilation(config, groups.device):
+        compile_layers(stages)
+    return stages
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
@@ -282,7 +286,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
             backend=backend,
             dropout=config.model.dropout.attention,
         ),
-        linear_proj=tensor_parallel.RowParallelLinear,
+        linear_proj=RowParallelLinear,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -300,7 +304,7 @@ def _layer_spec(config: RunConfig, position: PositionMethod, backend: str) -> Mo
                 submodules=MLPSubmodules(
                     linear_fc1=tensor_parallel.ColumnParallelLinear,
                     linear_fc2=ModuleSpec(
-                        module=DropoutRowParallelLinear,
+                        module=RowParallelLinear,
                         params={"dropout": config.model.dropout.activation},
                     ),
                 ),
