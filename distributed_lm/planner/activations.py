@@ -18,6 +18,8 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Of model/loss.py, which imports torch: logits kept at once, and the fewest rows of a chunk.
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_ROWS = 256
+# Of model/attention_backends.py: queries of one call on a CPU.
+CPU_QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
         return sizes.scores * (3 if model.dropout.attention else 1) + copies * 2 / 3
     if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
+    is_cut = backend == "sdpa" and device == "cpu" and has_bias(config)
+    if is_cut and config.data.sequence_length > CPU_QUERIES:  # what the chunks' context is made of
+        return sizes.log_sums + sizes.head_stream
     return sizes.log_sums
 
 
