@@ -18,6 +18,8 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Of model/loss.py, which imports torch: logits kept at once, and the fewest rows of a chunk.
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_ROWS = 256
+# Of model/attention_backends.py: queries of one call on a CPU.
+CPU_QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,17 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     copies = sizes.head_stream + sizes.key_value  # of queries, keys and values
     if backend == "reference":
         scores = sizes.scores * (3 if model.dropout.attention else 1)
-        return scores + copies * 4 / sizes.item * (1 if sizes.item < 4 else 2 / 3)
+        # In fp32: 16-bit queries, keys and values are let go for their copies.
+        return scores + copies * (4 / sizes.item - 1 if sizes.item < 4 else 2 / 3)
     has_gradient_bias = model.position == "t5" and backend == "sdpa"
     if has_gradient_bias or (model.dropout.attention and device == "cpu"):
         # No fused kernel: torch computes the scores, and keeps them.
-        return 3 * sizes.scores + copies * 2 / 3
-    if (
-        backend == "sdpa" and device == "cuda" and has_bias(config)
-    ):  # computes in fp32: see attention_backends.sdpa
+        return sizes.scores * (3 if model.dropout.attention else 1) + copies * 2 / 3
+    if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
+    is_cut = backend == "sdpa" and device == "cpu" and has_bias(config)
+    if is_cut and config.data.sequence_length > CPU_QUERIES:  # what the chunks' context is made of
+        return sizes.log_sums + sizes.head_stream
     return sizes.log_sums
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distributed_lm import process_groups
 from distributed_lm.config import RunConfig
@@ -19,6 +20,7 @@ from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.planner.memory import rank_memory
 from distributed_lm.process_groups import Process, ProcessGroups
 from distributed_lm.training.engine import TrainingEngine
+from tests.support.gpu import requires_gpu, run_on_gpu
 from tests.support.ranks import run_distributed
 from tests.support.training import random_microbatches, tiny_config
 
@@ -45,7 +47,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "activations": (1, LONG, {}),
     "activations-bf16": (1, LONG, {"precision": "bf16"}),
     "recompute-selective": (
-        1, LONG, {"attention": {"backend": "reference"}, "train": {"recompute": "selective"}}
+        1,
+        LONG,
+        {
+            "data": {"sequence_length": 256},
+            "attention": {"backend": "reference"},
+            "train": {"recompute": "selective"},
+        },
     ),
     "recompute-full": (1, LONG, {"train": {"recompute": "full"}}),
     "tp2-sequence": (2, LONG, {"parallel": {"tensor": 2, "sequence": True}}),
@@ -106,3 +114,30 @@ def test_predicted_within_a_tenth_of_the_measured_peak(layout: str) -> None:
     measured = run_distributed(measure_growth, world_size, config)
     predicted = [planned(config, world_size, rank, "cpu") for rank in range(world_size)]
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+# Gigabytes, so that the libraries' workspaces (tens of megabytes) are lost in it.
+BIG: dict[str, Any] = {
+    "model": {"num_layers": 8, "hidden_size": 1024, "num_attention_heads": 8, "vocab_size": VOCAB},
+    "data": {"sequence_length": 1024},
+    "batch": {"global_batch_size": 16, "micro_batch_size": 8},
+    "precision": "bf16",
+}
+
+
+def measure_allocated(config: RunConfig) -> int:
+    """Bytes of the GPU's memory that tensors have at the peak."""
+    groups = process_groups.start(config, Process.from_environment(), Layout.of(config, 1))
+    torch.cuda.reset_peak_memory_stats()
+    train_steps(config, groups, 2)
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@requires_gpu
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_predicted_within_a_tenth_of_what_a_gpu_allocates(stage: int, recompute: str) -> None:
+    config = memory_config(BIG, {"zero": {"stage": stage}, "train": {"recompute": recompute}})
+    measured = run_on_gpu(measure_allocated, config)
+    assert planned(config, 1, 0, "cuda") == pytest.approx(measured, rel=0.1)

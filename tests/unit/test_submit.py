@@ -47,6 +47,7 @@ EVERYTHING: dict[str, Any] = {
     "devices_per_node": 4,
     "device": "gpu",
     "device_memory_gb": 80,
+    "device_model": "H100",
     "gpu_type": "h100",
     "cpus_per_task": 12,
     "memory": "500G",

@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_lm import process_groups
 from distributed_lm.config import RunConfig
 from distributed_lm.layout import Layout
-from distributed_lm.model import loss
+from distributed_lm.model import attention_backends, loss
 from distributed_lm.model.gpt import build_stages
 from distributed_lm.planner import activations
 from distributed_lm.planner.activations import Sizes, bias_bytes, layer_bytes
@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reference, bf16": {"attention": {"backend": "reference"}, "precision": "bf16"},
     "dropout": {"model": {"dropout": DROPOUT}},
     "dropout, relu": {"model": {"dropout": DROPOUT, "activation": "relu"}},
+    "several chunks of queries": {"data": {"sequence_length": 512}},
     "selective": {"train": {"recompute": "selective"}},
     "full": {"train": {"recompute": "full"}},
 }
@@ -42,7 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant(sections: dict[str, Any], num_layers: int) -> RunConfig:
     model = {**SHAPE, **sections.get("model", {}), "num_layers": num_layers}
-    return tiny_config(**{**sections, "model": model, "data": {"sequence_length": 64}})
+    return tiny_config(
+        **{**sections, "model": model, "data": {"sequence_length": 64, **sections.get("data", {})}}
+    )
 
 
 def saved_bytes(config: RunConfig, groups: Any) -> int:
@@ -97,6 +100,7 @@ def test_tensor_parallel_ranks_share_all_but_the_residual_stream() -> None:
     assert layer_bytes(config, Layout(1, 2, 1, 1, True), "cpu") == whole / 2
 
 
-def test_loss_is_cut_into_the_chunks_that_it_is() -> None:
+def test_constants_are_those_of_the_model() -> None:
     assert loss.MAX_LOGITS == activations.MAX_LOGITS
     assert loss.MIN_ROWS == activations.MIN_ROWS
+    assert attention_backends.CPU_QUERIES == activations.CPU_QUERIES

@@ -1,6 +1,7 @@
 """Counts of every rank against stages that were built, on tensors without memory."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ GRIDS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 2, 2), (4, 4, 1)]
 VOCAB = 512  # where the data set would say
 
 
+@functools.cache
 def presets() -> dict[str, ModelConfig]:
     """Every model that a file of ours describes, tied and untied."""
     found = {}
