@@ -132,6 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = grad_weight.float()
             else:
                 grad_weight += grad_logits.T @ hidden
+            del grad_logits  # not beside the next chunk's
         summed = (losses_T * mask_T).sum()
         if grad_weight is not None:
             ctx.gradients = (grad_hidden, grad_weight.to(weight_VD.dtype))

@@ -217,9 +217,10 @@ def _buckets(config: RunConfig, layout: Layout, held: RankParameters, device: De
         bucket = 0.0 if device == "cpu" else 4.0 * whole
         return _Buckets(0.0, bucket, 0.0, bucket + max(4.0 * filled, shard), 0.0)
     if stage == 2:
-        # The bucket, joined, and in fp32 for 16-bit weights.
-        reduce = item * whole + item * filled + (4.0 * filled if item < 4 else 0.0)
-        return _Buckets(0.0, reduce, share, shard, 0.0)
+        # Two buckets of the largest parameter in turn, one joined, and in fp32 for 16-bit weights.
+        bucket = held.largest
+        reduce = 3.0 * item * bucket + (4.0 * bucket if item < 4 else 0.0)
+        return _Buckets(0.0, reduce, bucket / held.total, shard, 0.0)
     gathered = 0.0
     if data > 1:
         ahead = min(held.total, PREFETCH_BUCKET + held.largest)
