@@ -33,7 +33,7 @@ from distributed_lm.config import ModelConfig, RunConfig
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from distributed_lm.model.attention_backends import choose_backend
-from distributed_lm.model.compilation import compile_layers, wants_compilation
+from distributed_lm.model.compilation import compile_stages, wants_compilation
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout
 from distributed_lm.model.loss import OutputLayer, TokenLosses
@@ -219,7 +219,7 @@ def build_stages(config: RunConfig, vocab_size: int, groups: ProcessGroups) -> l
         )
     stages = [stage.to(device=groups.device, dtype=dtype) for stage in stages]
     if wants_compilation(config, groups.device):
-        compile_layers(stages)
+        compile_stages(stages, is_asked_for=config.train.compile is True)
     return stages
 
 

@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, T = S·B tokens, D hidden, V vocabulary of this ten
 R tensor-parallel ranks.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Fewer rows would read the whole weight for too little work.
 MIN_ROWS = 256
+
+
+LossesAndGradient = Callable[..., tuple[Tensor, Tensor]]
 
 
 class TokenLosses(NamedTuple):
@@ -35,6 +39,15 @@ class TokenLosses(NamedTuple):
 
 class OutputLayer(tensor_parallel.ColumnParallelLinear):
     """Megatron's output projection, that can go on to the losses by itself."""
+
+    def __init__(self, *args: Any, **megatron: Any) -> None:
+        super().__init__(*args, **megatron)
+        self.losses_and_gradient: LossesAndGradient = losses_and_gradient
+
+    def compile_losses(self) -> None:
+        """What is done with a chunk's logits becomes a kernel or two in place of ten. For one
+        tensor-parallel rank: several talk in the middle."""
+        self.losses_and_gradient = torch.compile(losses_and_gradient, dynamic=False)
 
     def forward(
         self,
@@ -66,7 +79,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             self.weight if weight is None else weight,
             labels_BS.transpose(0, 1).flatten(),
             mask_T,
-            self.tp_group,
+            self.tp_group if self.tp_group.size() > 1 else None,
+            self.losses_and_gradient,
         )
         return TokenLosses(summed, losses_T.view(hidden_SBD.shape[:2]).transpose(0, 1).contiguous())
 
@@ -77,6 +91,7 @@ def linear_cross_entropy(
     labels_T: Tensor,
     mask_T: Tensor | None,
     group: dist.ProcessGroup | None,
+    of_chunk: LossesAndGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of ``softmax(hidden · weightᵀ)``, in chunks of tokens.
 
@@ -86,6 +101,7 @@ def linear_cross_entropy(
     Args:
         weight_VD: this rank's rows, rank by rank in the order of ``group``.
         group: the tensor-parallel ranks; None for one alone.
+        of_chunk: ``losses_and_gradient``, or the same compiled.
 
     Returns:
         fp32 [] summed over the scored tokens, and fp32 [T] of every token without a gradient, in
@@ -93,7 +109,10 @@ def linear_cross_entropy(
     """
     # Inside a Function gradients are always off.
     wants_gradient = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, mask_T, group, wants_gradient)
+    of_chunk = of_chunk or losses_and_gradient
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, labels_T, mask_T, group, wants_gradient, of_chunk
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -106,6 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mask_T: Tensor | None,
         group: dist.ProcessGroup | None,
         wants_gradient: bool,
+        of_chunk: LossesAndGradient,
     ) -> tuple[Tensor, Tensor]:
         tokens = hidden_TD.size(0)
         rows = _rows_at_once(tokens, weight_VD.size(0), hidden_TD.device)
@@ -119,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             hidden = hidden_TD[chunk]
             # Not a name of its own for the logits: they are overwritten.
-            losses_T[chunk], grad_logits = _losses_and_gradient(
+            losses_T[chunk], grad_logits = of_chunk(
                 hidden @ weight_VD.T, labels_T[chunk], mask_T[chunk], group, wants_gradient
             )
             if grad_hidden is None:
@@ -144,10 +164,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.gradients
         del ctx.gradients  # once is all they can be used: they are scaled in place
         factor = grad_summed.to(torch.float32)
-        return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None, None
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor), *[None] * 5
 
 
-def _losses_and_gradient(
+def losses_and_gradient(
     logits_TV: Tensor,
     labels_T: Tensor,
     mask_T: Tensor,

@@ -1,8 +1,9 @@
 """Seconds of one optimizer step, part by part: a model with stated assumptions, no simulation.
 
 Nothing overlaps: the engine reduces gradients after backward (ZeRO 2 beside it, which is left out
-here), gathers before it computes, and Megatron's schedules send without overlap. docs/planning.md says which constants were
-calibrated with which published figure, and how the model compares with figures it has not seen.
+here), gathers before it computes, and Megatron's schedules send without overlap. docs/planning.md
+says which constants were calibrated with which published figure, and how the model compares with
+figures it has not seen.
 """
 
 from __future__ import annotations

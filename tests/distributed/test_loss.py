@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from distributed_lm.model import loss as module
-from distributed_lm.model.loss import linear_cross_entropy
+from distributed_lm.model.loss import linear_cross_entropy, losses_and_gradient
 from tests.support.ranks import run_distributed
 
 TOKENS, HIDDEN, VOCAB = 300, 24, 96
@@ -35,7 +35,9 @@ def unfused(dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray]:
     return as_arrays(summed, losses, hidden.grad, weight.grad)
 
 
-def fused(rows: int, dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray]:
+def fused(
+    rows: int, dtype: torch.dtype = torch.float32, of_chunk: Any = None
+) -> dict[str, np.ndarray]:
     """On this rank's part of the vocabulary, ``rows`` tokens at a time."""
     module.MIN_ROWS, module.MAX_LOGITS = rows, {"cpu": 1}
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -43,7 +45,7 @@ def fused(rows: int, dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray
     hidden, weight, labels, mask = inputs(dtype)
     hidden.requires_grad_()
     shard = weight.chunk(ranks)[rank].clone().requires_grad_()
-    summed, losses = linear_cross_entropy(hidden, shard, labels, mask, group)
+    summed, losses = linear_cross_entropy(hidden, shard, labels, mask, group, of_chunk)
     assert not losses.requires_grad
     (summed / 7.0).backward()
     return as_arrays(summed, losses, hidden.grad, shard.grad)
@@ -76,6 +78,12 @@ def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [TOKENS, 150, 64, 16])
 def test_fused_equals_unfused(rows: int) -> None:
     assert_equal(fused(rows), unfused(), 1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_equals_unfused() -> None:
+    compiled = torch.compile(losses_and_gradient, fullgraph=True, dynamic=False)
+    assert_equal(fused(150, of_chunk=compiled), unfused(), 1e-6)
 
 
 def test_vocabulary_parallel_equals_unfused() -> None:
