@@ -183,6 +183,12 @@ def cases_of(options: argparse.Namespace, precision: str) -> list[str]:
     return [name for name in names if precision != "fp32" or "autocast" not in name]
 
 
+def split_names(names: list[str]) -> tuple[list[str], list[str]]:
+    """Cases that are ours, and the rest."""
+    mine = [name for name in names if name.startswith("ours")]
+    return mine, [name for name in names if name not in mine]
+
+
 def measure(options: argparse.Namespace) -> Result:
     device = harness.device()
     result = Result("train_step", device)
@@ -214,24 +220,24 @@ def _measure(options: argparse.Namespace, precision: str, result: Result) -> Non
                 "quartiles": f"{low:,.0f}-{high:,.0f}",
                 "of matrix product, full": rate * flops.full / peak,
                 "of matrix product, causal": rate * flops.causal / peak,
+                "where the time goes": parts_of(steps[name], device),
                 "memory MiB": "" if options.no_memory else memory_of(options, precision, name),
             }
         )
-    for name in names[1:]:
-        result.ratios[f"{names[0]} / {name}, {precision}"] = samples[name].ratio_to(
-            samples[names[0]]
-        )
+    ours_first, others = split_names(names)
+    for mine in ours_first:
+        for name in others:
+            result.ratios[f"{mine} / {name}, {precision}"] = samples[name].ratio_to(samples[mine])
     shares = [
         flops.full * tokens * other / (matmul_flops * own)
         for own, other in zip(samples[names[0]].seconds, samples["matmul"].seconds, strict=True)
     ]
     result.ratios[f"{names[0]} / matrix product, {precision}"] = Ratio.of(shares)
-    if names[0] == "ours":
-        print_parts(steps[names[0]], precision, device)
 
 
 def memory_of(options: argparse.Namespace, precision: str, name: str) -> float:
-    """MiB that building and two steps took on top of what imports did, in a process of its own."""
+    """MiB that building, compiling and two steps took on top of what imports did, in a process of
+    its own."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--size", options.size]
     command += ["--precision", precision, "--memory-of", name]
     command += ["--micro-batch", str(options.micro_batch)] if options.micro_batch else []
@@ -243,15 +249,17 @@ def memory_of(options: argparse.Namespace, precision: str, name: str) -> float:
 def print_memory(options: argparse.Namespace) -> None:
     import transformers.models.mpt.modeling_mpt  # noqa: F401  every case pays for all imports
 
-    device = harness.device()
     config = config_of(options, options.precision[0])
     platform.give_back_freed_tensors()
+    join()
     torch.ones(512, 512) @ torch.ones(512, 512)  # the libraries' own buffers
-    before = platform.peak_memory_bytes(device)
-    step = CASES[options.memory_of](config)
-    step()
-    step()
-    print((platform.peak_memory_bytes(device) - before) / 2**20)  # noqa: T201
+
+    def build_and_train() -> None:
+        step = CASES[options.memory_of](config)
+        step()
+        step()
+
+    print(harness.peak_memory_bytes(build_and_train, harness.device()) / 2**20)  # noqa: T201
 
 
 # Substrings of operator names, in the order they are tried.
@@ -264,25 +272,22 @@ PARTS = {
 }
 
 
-def print_parts(step: Step, precision: str, device: torch.device) -> None:
+def parts_of(step: Step, device: torch.device) -> str:
     """Where the time of a step goes, by the operators' own time."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + ([activity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profiler:
         step()
     totals: Counter[str] = Counter()
-    operators: Counter[str] = Counter()
     for event in profiler.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         part = next(
             (part for part, words in PARTS.items() if any(word in event.key for word in words)),
-            "elementwise and rest",
+            "rest",
         )
         totals[part] += own
-        operators[event.key] += own
     whole = sum(totals.values()) or 1
-    print(f"{precision}:", {part: f"{own / whole:.1%}" for part, own in totals.most_common()})  # noqa: T201
-    print({name: f"{own / whole:.1%}" for name, own in operators.most_common(14)})  # noqa: T201
+    return ", ".join(f"{part} {own / whole:.0%}" for part, own in totals.most_common())
 
 
 if __name__ == "__main__":
