@@ -14,6 +14,7 @@ import numpy as np
 
 from distributed_lm.config import ModelConfig
 from distributed_lm.layout import Coordinates, Layout
+from distributed_lm.planner.memory import Memory
 from distributed_lm.planner.shards import rank_parameters
 from distributed_lm.rehearsal.views import RankView
 
@@ -30,7 +31,13 @@ class Expected:
     sequences_per_block: int
     moments: tuple[str, ...]
     """Names of the optimizer's."""
+    memory: tuple[Memory, ...]
+    """As planned, of a rank of each stage."""
+    device_memory_gb: float | None = None
 
+
+# A rank's pieces are padded, and cut at tensors' ends.
+STATE_MARGIN, STATE_PADDING = 1.02, 16384
 
 Views = Sequence[RankView]
 Check = Callable[[Views, Expected], Iterator[str]]
@@ -207,6 +214,40 @@ def show(numbers: Sequence[int]) -> str:
     if len(numbers) > 8:
         return f"{show(numbers[:4])} … {show(numbers[-2:])} ({len(numbers)} in all)"
     return ", ".join(map(str, numbers))
+
+
+def check_memory(views: Views, expected: Expected) -> Iterator[str]:
+    """No rank holds more weights, masters and moments than planned, all data-parallel ranks
+    together hold as much, and a device has room for the planned peak."""
+    peers: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for view in views:
+        place = view.coordinates
+        planned = _planned_state(expected.memory[place.pipeline])
+        if view.state_bytes > STATE_MARGIN * planned + STATE_PADDING:
+            yield (
+                f"rank {view.rank}: holds {view.state_bytes:,} bytes of weights, masters and "
+                f"moments, planned were {planned:,.0f}"
+            )
+        peers[place.tensor, place.pipeline].append(view.state_bytes)
+    for (tensor, stage), held in peers.items():
+        planned = _planned_state(expected.memory[stage]) * len(held)
+        is_whole = len(held) == expected.layout.data
+        if is_whole and sum(held) * STATE_MARGIN + STATE_PADDING * len(held) < planned:
+            yield (
+                f"tensor rank {tensor} of stage {stage}: all data-parallel ranks hold "
+                f"{sum(held):,} bytes of weights, masters and moments, planned were {planned:,.0f}"
+            )
+    if expected.device_memory_gb is not None:
+        for stage, memory in enumerate(expected.memory):
+            if memory.total > expected.device_memory_gb * 1e9:
+                yield (
+                    f"stage {stage}: needs {memory.total / 1e9:.1f} GB, a device has "
+                    f"{expected.device_memory_gb:g} GB; `distributed-lm plan` names what fits"
+                )
+
+
+def _planned_state(memory: Memory) -> float:
+    return memory.weights + memory.masters + memory.moments
 
 
 def _expected_groups(layout: Layout) -> list[dict[str, tuple[int, ...]]]:

@@ -33,6 +33,7 @@ CHECKS: dict[str, Check] = {
     "slopes": checks.check_slopes,
     "sequences": checks.check_samples,
     "checkpoint": ownership.check_checkpoint,
+    "memory": checks.check_memory,
 }
 """Shown in this order."""
 
@@ -98,7 +99,7 @@ def find_problems(views: list[RankView], expected: Expected) -> dict[str, list[s
     return {name: list(check(views, expected)) for name, check in CHECKS.items()}
 
 
-def expectations(script: Script) -> Expected:
+def expectations(script: Script, device_memory_gb: float | None = None) -> Expected:
     config = script.config
     return Expected(
         layout=script.layout,
@@ -107,6 +108,11 @@ def expectations(script: Script) -> Expected:
         global_batch_size=config.batch.global_batch_size,
         sequences_per_block=config.data.block_size // config.data.sequence_length,
         moments=script.moments,
+        memory=tuple(
+            rank_memory(config, script.layout, script.vocab_size, stage)
+            for stage in range(script.layout.pipeline)
+        ),
+        device_memory_gb=device_memory_gb,
     )
 
 
@@ -126,15 +132,13 @@ def _run(config: RunConfig, ranks: list[int], device_memory_gb: float | None) ->
         )  # fmt: skip
     views = [outcome for outcome in outcomes if isinstance(outcome, RankView)]
     unbuilt = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    problems = {"building": unbuilt, **find_problems(views, expectations(script))}
+    expected = expectations(script, device_memory_gb)
+    problems = {"building": unbuilt, **find_problems(views, expected)}
     return Rehearsal(
         script=script,
         views=views,
         problems=problems,
-        memory=[
-            rank_memory(config, script.layout, script.vocab_size, stage)
-            for stage in range(script.layout.pipeline)
-        ],
+        memory=expected.memory,
         device_memory_gb=device_memory_gb,
         processes=processes,
         seconds=time.perf_counter() - started,

@@ -24,7 +24,7 @@ class Rehearsal:
     views: list[RankView]
     problems: dict[str, list[str]]
     """By name of the check, in order; a check that found nothing has an empty list."""
-    memory: list[Memory]
+    memory: tuple[Memory, ...]
     """Of a rank of each pipeline stage, by the planner's model of a GPU."""
     device_memory_gb: float | None
     """What a device of the cluster has."""

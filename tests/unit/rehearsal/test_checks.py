@@ -31,7 +31,8 @@ CONFIG = tiny_config(
     batch={"global_batch_size": 8, "micro_batch_size": 1},
 )
 LAYOUT = Layout.of(CONFIG, 8)
-EXPECTED = Expected(LAYOUT, CONFIG.model, VOCAB, 8, 2, ("exp_avg", "exp_avg_sq"))
+MEMORY = tuple(rank_memory(CONFIG, LAYOUT, VOCAB, stage) for stage in range(LAYOUT.pipeline))
+EXPECTED = Expected(LAYOUT, CONFIG.model, VOCAB, 8, 2, ("exp_avg", "exp_avg_sq"), MEMORY)
 
 Views = list[RankView]
 
@@ -302,3 +303,19 @@ def test_long_lists_are_shortened() -> None:
     assert show(range(3)) == "0, 1, 2"
     assert show(range(100)) == "0, 1, 2, 3 … 98, 99 (100 in all)"
     assert show(()) == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"), [(2.0, "rank 3: holds "), (0.5, "tensor rank 1 of stage 0: all data-")]
+)
+def test_memory_that_is_not_the_planned(right: Views, factor: float, said: str) -> None:
+    """Weights twice, or not all of them."""
+    found = change(right, 3, state_bytes=round(right[3].state_bytes * factor))
+    [problem] = check_memory(found, EXPECTED)
+    assert problem.startswith(said)
+
+
+def test_device_too_small(right: Views) -> None:
+    assert list(check_memory(right, replace(EXPECTED, device_memory_gb=80.0))) == []
+    problems = list(check_memory(right, replace(EXPECTED, device_memory_gb=1e-4)))
+    assert [problem[:14] for problem in problems] == ["stage 0: needs", "stage 1: needs"]
