@@ -11,7 +11,7 @@ import pytest
 from distributed_lm.data.sequences import StepSequences
 from distributed_lm.layout import Layout
 from distributed_lm.planner.memory import rank_memory
-from distributed_lm.rehearsal.checks import Expected, show, whole_groups
+from distributed_lm.rehearsal.checks import Expected, check_memory, show, whole_groups
 from distributed_lm.rehearsal.command import (
     CHECKS,
     RehearsalError,
