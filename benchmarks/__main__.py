@@ -37,6 +37,10 @@ FULL: dict[str, tuple[str, ...]] = {
 LIGHT: dict[str, tuple[str, ...]] = {
     "startup": ("--light", "--rounds", "1"),
     "data": ("--light", "--rounds", "3"),
+    "train_step": (
+        *("--size", "tiny", "--precision", "fp32", "--cases", "ours", "transformers MPT"),
+        *("--no-memory", "--rounds", "5"),
+    ),
     "parallel": ("--light", "--rounds", "5"),
     "bubble": ("--light", "--rounds", "3"),
 }

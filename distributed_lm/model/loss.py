@@ -127,7 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
         of_chunk: LossesAndGradient,
     ) -> tuple[Tensor, Tensor]:
-        tokens = hidden_TD.size(0)
+        tokens, dtype = hidden_TD.size(0), weight_VD.dtype
+        # A sum over tokens may not fit into fp16 before backward makes a mean of it.
+        is_narrow = dtype == torch.float16
         rows = _rows_at_once(tokens, weight_VD.size(0), hidden_TD.device)
         losses_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
         if mask_T is None:
@@ -148,14 +150,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_logits, weight_VD, out=grad_hidden[chunk])
             if grad_weight is None:
                 grad_weight = grad_logits.T @ hidden
-                if rows < tokens:  # chunks are summed in fp32, as one product would be
+                if rows < tokens or is_narrow:  # summed in fp32, as one product would be
                     grad_weight = grad_weight.float()
             else:
                 grad_weight += grad_logits.T @ hidden
             del grad_logits  # not beside the next chunk's
         summed = (losses_T * mask_T).sum()
         if grad_weight is not None:
-            ctx.gradients = (grad_hidden, grad_weight.to(weight_VD.dtype))
+            ctx.gradients = (grad_hidden, grad_weight if is_narrow else grad_weight.to(dtype))
+            ctx.dtype = dtype
         ctx.mark_non_differentiable(losses_T)
         return summed, losses_T
 
@@ -164,7 +167,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.gradients
         del ctx.gradients  # once is all they can be used: they are scaled in place
         factor = grad_summed.to(torch.float32)
-        return grad_hidden.mul_(factor), grad_weight.mul_(factor), *[None] * 5
+        grad_weight = grad_weight.mul_(factor).to(ctx.dtype)
+        return grad_hidden.mul_(factor), grad_weight, *[None] * 5
 
 
 def losses_and_gradient(

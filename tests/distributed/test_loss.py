@@ -109,6 +109,19 @@ def test_chunks_are_summed_in_fp32() -> None:
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_sum_too_large_for_fp16_is_a_mean_that_fits() -> None:
+    """Every token has one label and hidden states of 20: the sum of the gradients is above 65504
+    over all chunks, and the mean is 20."""
+    module.MIN_ROWS, module.MAX_LOGITS = 2048, {"cpu": 1}
+    hidden = torch.full((8192, 2), 20.0, dtype=torch.float16)
+    weight = torch.zeros(64, 2, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(8192, dtype=torch.int64)
+    summed, _ = linear_cross_entropy(hidden, weight, labels, None, None)
+    (summed / 8192).backward()
+    assert weight.grad is not None
+    np.testing.assert_allclose(weight.grad[0].numpy(), -20.0 * 63 / 64, rtol=2e-3)
+
+
 def test_without_gradients_there_are_only_losses() -> None:
     hidden, weight, labels, mask = inputs()
     weight.requires_grad_()

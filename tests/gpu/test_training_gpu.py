@@ -82,6 +82,31 @@ def test_flex_trains_as_reference_does(position: str, precision: str, recompute:
     np.testing.assert_allclose(flex["grad_norms"], reference["grad_norms"], rtol=norm)
 
 
+def train_and_count_graphs(config: RunConfig, steps: int) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    engine, groups = build_engine(config)
+    losses, graphs = [], []
+    for step in range(steps):
+        losses.append(engine.train_step(random_microbatches(config, groups, step), 1e-3).loss)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"losses": losses, "graphs": graphs, "breaks": dict(counters["graph_break"])}
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash", "sdpa"])
+def test_compiled_layers_are_one_graph_and_compiled_once(backend: str) -> None:
+    skip_if_unavailable(backend, "alibi", "bf16")
+    plain, compiled = (
+        run_on_gpu(
+            train_and_count_graphs, tiny("alibi", backend, "bf16", train={"compile": chosen}), 6
+        )
+        for chosen in (False, True)
+    )
+    np.testing.assert_allclose(compiled["losses"], plain["losses"], rtol=5e-3)
+    assert compiled["breaks"] == {}
+    assert compiled["graphs"][2:] == compiled["graphs"][2:3] * 4, "compiled again after warm-up"
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_agree_in_bf16(stage: int) -> None:
     """One rank, but three different optimizers of DeepSpeed's."""
