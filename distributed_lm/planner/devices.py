@@ -12,6 +12,9 @@ import yaml
 from pydantic import PositiveFloat, PositiveInt
 
 from distributed_lm.errors import ConfigError
+from distributed_lm.planner.activations import Device
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class DeviceRates:
     """Peaks of one device, and the share of them that long kernels reach."""
 
     name: str
-    peak_flops: float
-    """FLOP/s that MFU is a fraction of: dense bf16, or measured on a CPU."""
+    peaks: dict[Precision, float]
+    """FLOP/s that MFU is a fraction of, by precision: dense, or measured on a CPU."""
     memory_bandwidth: float
     """Bytes per second."""
     node_bandwidth: float
@@ -28,16 +31,23 @@ class DeviceRates:
     network_bandwidth: float
     """This device's share of the node's network, bytes per second and direction."""
     matmul_efficiency: float
-    """Share of ``peak_flops`` in a model's matrix products; of GPUs calibrated: docs/planning.md"""
+    """Share of the peak in a model's matrix products; of GPUs calibrated in bf16, see
+    docs/planning.md."""
+    device: Device = "cuda"
 
 
-# Peaks: NVIDIA's data sheets of H100 SXM, H200 and A100 80 GB SXM (dense). Links: NVLink 4 and 3,
-# half of the advertised sum of both directions; network: the DGX H100 and DGX A100 data sheets, one
-# 400 or 200 Gb/s adapter per GPU.
+def _gpu_peaks(tensor_cores: float, fp32: float) -> dict[Precision, float]:
+    return {"bf16": tensor_cores, "fp16": tensor_cores, "fp32": fp32}
+
+
+# Peaks: NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80 GB SXM (dense; fp32 without tensor
+# cores, since TF32 stays off). Links: NVLink 4 and 3, half of the advertised sum of both
+# directions; network: the DGX H100 and DGX A100 data sheets, one 400 or 200 Gb/s adapter per GPU.
+HOPPER, AMPERE = _gpu_peaks(989.4e12, 67e12), _gpu_peaks(312.0e12, 19.5e12)
 DEVICES = {
-    "H100": DeviceRates("H100", 989.4e12, 3.35e12, 450e9, 50e9, 0.549),
-    "H200": DeviceRates("H200", 989.4e12, 4.8e12, 450e9, 50e9, 0.549),
-    "A100": DeviceRates("A100", 312.0e12, 2.04e12, 300e9, 25e9, 0.724),
+    "H100": DeviceRates("H100", HOPPER, 3.35e12, 450e9, 50e9, 0.549),
+    "H200": DeviceRates("H200", HOPPER, 4.8e12, 450e9, 50e9, 0.549),
+    "A100": DeviceRates("A100", AMPERE, 2.04e12, 300e9, 25e9, 0.724),
 }
 
 
@@ -99,9 +109,9 @@ def measured_cpu(processes: int) -> DeviceRates:
     copy = min(_seconds(lambda: np.copyto(target, source)) for _ in range(3))
     bandwidth = 2 * source.nbytes / copy / processes
     # Processes of one machine exchange through memory: written, read, and copied out again.
-    return DeviceRates(
-        "CPU, measured", 2 * 768**3 / product / processes, bandwidth, bandwidth / 3, 1e9, 0.8
-    )
+    peak = 2 * 768**3 / product / processes
+    peaks: dict[Precision, float] = {"fp32": peak, "bf16": peak, "fp16": peak}
+    return DeviceRates("CPU, measured", peaks, bandwidth, bandwidth / 3, 1e9, 0.8, "cpu")
 
 
 def _seconds(work: Any) -> float:

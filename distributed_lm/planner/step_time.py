@@ -105,7 +105,7 @@ class Throughput:
     step: StepTime
     tokens_per_second: float
     mfu: float
-    """Attention counted in full; of ``peak_flops``."""
+    """Attention counted in full; of the precision's peak."""
     tokens_per_day: float
     device_hours: float
     """Of the whole run."""
@@ -126,7 +126,7 @@ def throughput(config: RunConfig, layout: Layout, vocab_size: int, machine: Mach
     step = step_time(config, layout, vocab_size, machine)
     speed = config.tokens_per_step / step.total
     flops = training_flops_per_token(config.model, vocab_size, config.data.sequence_length).full
-    peak = machine.rates.peak_flops * layout.world_size
+    peak = machine.rates.peaks[config.precision] * layout.world_size
     return Throughput(
         step=step,
         tokens_per_second=speed,
@@ -167,14 +167,14 @@ def _microbatch(
     """Seconds of one microbatch, forward and backward, on a rank at this pipeline coordinate."""
     model, rates, sizes = config.model, machine.rates, Sizes.of(config, layout)
     layers = sum(stage_layers(model, layout, pipeline))
-    rate = rates.peak_flops * rates.matmul_efficiency
+    rate = rates.peaks[config.precision] * rates.matmul_efficiency
 
     product = layers * 6 * sizes.tokens * layer_shard(model, layout.tensor) / rate
     # Below the diagonal: two products forward, five backward.
     length = config.data.sequence_length
     forward_attention = 2 * sizes.tokens * length * model.hidden_size / layout.tensor
     attention = layers * 3.5 * forward_attention / (rate * ATTENTION_EFFICIENCY)
-    kept = layer_bytes(config, layout, "cuda")
+    kept = layer_bytes(config, layout, rates.device)
     elementwise = layers * TRAFFIC_PER_KEPT_BYTE * kept / rates.memory_bandwidth
     again = {
         "none": 0.0,

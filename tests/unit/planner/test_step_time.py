@@ -107,6 +107,15 @@ def test_slowest_rank_waits_for_each_of_the_others_once() -> None:
     assert found.bubble == pytest.approx(19 * layers + 3 * sends)
 
 
+@pytest.mark.parametrize(("machine", "slower"), [(H100, 989.4 / 67), (A100, 312 / 19.5)])
+def test_fp32_has_no_tensor_cores(machine: Machine, slower: float) -> None:
+    half = times(published(1024, 64, 1, precision="bf16"), 8, machine)
+    whole = times(published(1024, 64, 1, precision="fp32"), 8, machine)
+    assert whole.matrix_products == pytest.approx(slower * half.matrix_products)
+    config = published(1024, 64, 1, precision="fp32")
+    assert 0.3 < throughput(config, Layout.of(config, 8), 50432, machine).mfu < 0.9
+
+
 def test_ranks_of_other_nodes_are_slower_to_reach() -> None:
     config = published(1024, 512, 1)
     inside = times(config, 8)
