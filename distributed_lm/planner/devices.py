@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ DEVICES = {
 
 
 class NodeShape(pydantic.BaseModel):
-    """What the planner reads of a cluster file; the launcher's schema has the rest."""
+    """What the planner reads of a cluster file; the launcher's schema has the rest, so that only
+    what looks like one of these fields is an error."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
@@ -68,21 +70,30 @@ class NodeShape(pydantic.BaseModel):
 
 
 def load_node_shape(name: str) -> NodeShape:
-    """From a path, or the name of a file in ``configs/clusters``.
+    """From a path, with or without ``.yaml``, or the name of a file in ``configs/clusters``.
 
     Raises:
         ConfigError: naming the file and the field.
     """
-    path = Path(name) if Path(name).suffix else Path("configs/clusters") / f"{name}.yaml"
+    path = Path(name)
+    if not path.suffix:
+        folder = Path("configs/clusters") if path.name == name else path.parent
+        path = folder / f"{path.name}.yaml"
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return NodeShape.model_validate(values)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such cluster file; configs/clusters/ has some to start from"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'field: value' lines, found a {type(values).__name__}")
+    for field in values.keys() - NodeShape.model_fields:
+        for meant in difflib.get_close_matches(str(field), NodeShape.model_fields, 1, 0.8):
+            raise ConfigError(f"{path}: {field}: no such field; write {meant}")
+    try:
+        return NodeShape.model_validate(values)
     except pydantic.ValidationError as error:
         problem: Any = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
