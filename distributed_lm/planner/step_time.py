@@ -22,7 +22,7 @@ from distributed_lm.planner.shards import layer_shard, rank_parameters, stage_la
 # Assumed: of a link's rate in long collectives, and of the matrix products' rate in attention.
 LINK_EFFICIENCY = 0.75
 ATTENTION_EFFICIENCY = 0.6
-# Assumed, seconds: of one hop of a collective, and of one kernel's launch by the host.
+# Assumed, seconds: of one hop of a collective, inside a node and between nodes.
 HOP_INSIDE, HOP_BETWEEN = 5e-6, 2e-5
 # Bytes of memory traffic: per byte kept for backward (written, read in forward and in backward, its
 # gradient written and read), per logit of the fused loss, per parameter and microbatch where 16-bit
