@@ -16,6 +16,7 @@ from distributed_lm.errors import ConfigError
 from distributed_lm.planner.activations import Device
 
 Precision = Literal["fp32", "bf16", "fp16"]
+CLUSTERS = Path("configs/clusters")
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,21 @@ class NodeShape(pydantic.BaseModel):
     """For ``distributed-lm plan``, whose rates to calculate with; off = H100's."""
 
 
+def cluster_path(name: str) -> Path:
+    """The file of a path, with or without ``.yaml``, or of a name in ``configs/clusters``."""
+    path = Path(name)
+    if path.suffix:
+        return path
+    return (CLUSTERS if path.name == name else path.parent) / f"{path.name}.yaml"
+
+
 def load_node_shape(name: str) -> NodeShape:
-    """From a path, with or without ``.yaml``, or the name of a file in ``configs/clusters``.
+    """From the cluster file that ``cluster_path`` finds.
 
     Raises:
         ConfigError: naming the file and the field.
     """
-    path = Path(name)
-    if not path.suffix:
-        folder = Path("configs/clusters") if path.name == name else path.parent
-        path = folder / f"{path.name}.yaml"
+    path = cluster_path(name)
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:

@@ -170,6 +170,7 @@ def test_the_planner_reads_what_the_launcher_does(path: Path) -> None:
     for field in type(ours).model_fields:
         assert getattr(ours, field) == getattr(theirs, field)
     assert load_node_shape(str(path.with_suffix(""))) == ours
+    assert load_cluster(str(path.with_suffix(""))) == theirs
 
 
 def test_no_field_of_the_launchers_looks_like_a_mistake(tmp_path: Path) -> None:
