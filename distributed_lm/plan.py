@@ -7,46 +7,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.data.vocabulary import vocabulary
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
-from distributed_lm.planner.activations import Device
 from distributed_lm.planner.devices import NodeShape, load_node_shape, rates_of
 from distributed_lm.planner.flops import training_flops_per_token
-from distributed_lm.planner.memory import Memory, rank_memory
+from distributed_lm.planner.memory import rank_memory
 from distributed_lm.planner.parameters import total_parameters
-from distributed_lm.planner.scaling import NANOTRON, ScalingRow, strong_scaling
-from distributed_lm.planner.search import Candidate, Ranking, rank_layouts, reasons, write_best
-from distributed_lm.planner.shards import rank_parameters, stage_layers
+from distributed_lm.planner.report import SHOWN, Configured, Plan, show
+from distributed_lm.planner.scaling import NANOTRON, strong_scaling
+from distributed_lm.planner.search import (
+    Candidate,
+    check_write,
+    rank_layouts,
+    reasons,
+    write_best,
+)
 from distributed_lm.planner.step_time import Machine, Throughput, throughput
-
-SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is printed."""
-
-    config: RunConfig
-    shape: NodeShape
-    machine: Machine
-    vocab_size: int
-    nodes: int
-    layout: Layout
-    """The config's own."""
-    memory: list[Memory]
-    """Of the config's own layout, by pipeline coordinate."""
-    speed: Throughput
-    ranking: Ranking
-    scaling: list[ScalingRow]
 
 
 def plan(
@@ -60,18 +43,26 @@ def plan(
 ) -> None:
     """
     Raises:
-        ConfigError: if the config, the cluster file or the layout is wrong, or nothing fits.
+        ConfigError: if the config or the cluster file is wrong, or ``write`` cannot be written; or
+            after printing, if no layout fits.
     """
+    if write is not None:
+        check_write(write, overrides)
     made = make_plan(load_config(path, overrides), load_node_shape(cluster), nodes, scaling)
     if as_json:
         Console(soft_wrap=True).print_json(json.dumps(as_dictionary(made)))
     else:
-        _show(made)
-    if write is None:
-        return
+        show(made)
     if not made.ranking.fitting:
-        raise ConfigError(f"--write={write}: no layout fits, so there is none to write")
-    write_best(made.ranking.best, write, path, overrides)
+        smallest = made.ranking.too_large[0]
+        raise ConfigError(
+            f"no layout fits: the smallest ({smallest.layout.describe()}, "
+            f"zero.stage={smallest.config.zero.stage}) needs {smallest.memory.total / 1e9:.1f} GB, "
+            f"and a device has {made.shape.device_memory_gb:g}; raise the number of nodes, or "
+            "lower data.sequence_length, model.num_layers or model.hidden_size"
+        )
+    if write is not None:
+        write_best(made.ranking.best, write, path)
 
 
 def make_plan(
@@ -84,9 +75,8 @@ def make_plan(
             "known; set model.vocab_size, or prepare the data first"
         )
     nodes = nodes or shape.nodes
-    device: Device = "cuda" if shape.device == "gpu" else "cpu"
     machine = Machine(rates_of(shape), shape.devices_per_node)
-    layout = Layout.of(config, nodes * shape.devices_per_node)
+    world_size = nodes * shape.devices_per_node
     limit = None if shape.device_memory_gb is None else shape.device_memory_gb * 1e9
     most = max(nodes, max(NANOTRON)) if shape.device == "gpu" else nodes
     counts = [2**power for power in range(most.bit_length())] if scaling else []
@@ -96,13 +86,26 @@ def make_plan(
         machine=machine,
         vocab_size=vocab_size,
         nodes=nodes,
+        configured=_configured(config, world_size, vocab_size, machine),
+        ranking=rank_layouts(config, world_size, vocab_size, machine, limit),
+        scaling=strong_scaling(config, vocab_size, machine, counts, limit),
+    )
+
+
+def _configured(
+    config: RunConfig, world_size: int, vocab_size: int, machine: Machine
+) -> Configured | ConfigError:
+    try:
+        layout = Layout.of(config, world_size)
+    except ConfigError as error:
+        return error
+    return Configured(
         layout=layout,
         memory=[
-            rank_memory(config, layout, vocab_size, rank, device) for rank in range(layout.pipeline)
+            rank_memory(config, layout, vocab_size, rank, machine.rates.device)
+            for rank in range(layout.pipeline)
         ],
         speed=throughput(config, layout, vocab_size, machine),
-        ranking=rank_layouts(config, layout.world_size, vocab_size, machine, limit, device),
-        scaling=strong_scaling(config, vocab_size, machine, counts, limit, device),
     )
 
 
@@ -114,17 +117,25 @@ def as_dictionary(made: Plan) -> dict[str, Any]:
         "parameters": total_parameters(model, size),
         "vocab_size": size,
         "flops_per_token": {"full": flops.full, "causal": flops.causal},
-        "devices": made.layout.world_size,
+        "devices": made.nodes * made.shape.devices_per_node,
         "rates": made.machine.rates.name,
-        "layout": made.layout.describe(),
-        "memory": [{**one.parts(), "total": one.total, "phase": one.phase} for one in made.memory],
-        "step_seconds": {**made.speed.step.parts(), "total": made.speed.step.total},
-        **_speed(made.speed),
+        **_configured_dictionary(made.configured),
         "legal_layouts": len(made.ranking.fitting) + len(made.ranking.too_large),
         "best": best and _candidate(best),
         "ranking": [_candidate(one) for one in made.ranking.fitting[:SHOWN]],
         "reasons": reasons(made.ranking),
         "scaling": [{"nodes": row.nodes, **_candidate(row.best)} for row in made.scaling],
+    }
+
+
+def _configured_dictionary(own: Configured | ConfigError) -> dict[str, Any]:
+    if isinstance(own, ConfigError):
+        return {"layout": None, "problem": str(own)}
+    return {
+        "layout": own.layout.describe(),
+        "memory": [{**one.parts(), "total": one.total, "phase": one.phase} for one in own.memory],
+        "step_seconds": {**own.speed.step.parts(), "total": own.speed.step.total},
+        **_speed(own.speed),
     }
 
 
@@ -139,137 +150,3 @@ def _speed(speed: Throughput) -> dict[str, float]:
         "tokens_per_day": speed.tokens_per_day,
         "device_hours": speed.device_hours,
     }
-
-
-def _show(made: Plan) -> None:
-    console = Console(width=None if Console().is_terminal else 110, highlight=False)
-    config, layout, size = made.config, made.layout, made.vocab_size
-    flops = training_flops_per_token(config.model, size, config.data.sequence_length)
-    console.print(
-        f"{config.name}: {total_parameters(config.model, size):,} parameters, vocabulary {size:,}, "
-        f"{flops.full / 1e9:.2f} GFLOP per token ({flops.causal / 1e9:.2f} below the diagonal)"
-    )
-    console.print(
-        f"{made.nodes} nodes × {made.shape.devices_per_node} {made.machine.rates.name}; as "
-        f"configured: {layout.describe()}, zero.stage={config.zero.stage}, "
-        f"micro batch {config.batch.micro_batch_size}, recompute {config.train.recompute}"
-    )
-    console.print(_parameters_table(made))
-    console.print(_memory_table(made))
-    for part in _time_table(made):
-        console.print(part)
-    _show_ranking(console, made)
-    if made.scaling:
-        console.print(_scaling_table(made))
-
-
-def _parameters_table(made: Plan) -> Table:
-    table = _table("Parameters of a rank", "stage", "layers", "embedding", "in layers", "output")
-    table.add_column("other", justify="right")
-    table.add_column("all", justify="right")
-    model, layout = made.config.model, made.layout
-    for stage in range(layout.pipeline):
-        held = rank_parameters(model, made.vocab_size, layout, stage)
-        numbers = (held.embedding, held.layers, held.output, held.other, held.total)
-        layers = sum(stage_layers(model, layout, stage))
-        table.add_row(str(stage), str(layers), *(f"{number:,}" for number in numbers))
-    return table
-
-
-def _memory_table(made: Plan) -> Table:
-    limit = made.shape.device_memory_gb
-    title = "Memory of a rank at its peak, GB" + (f"; a device has {limit:g}" if limit else "")
-    table = _table(title, "stage", *made.memory[0].parts(), "all")
-    for stage, memory in enumerate(made.memory):
-        numbers = [*memory.parts().values(), memory.total]
-        table.add_row(str(stage), *(f"{number / 1e9:.2f}" for number in numbers))
-    table.caption = f"the peak is in: {max(made.memory, key=lambda one: one.total).phase}"
-    return table
-
-
-def _time_table(made: Plan) -> tuple[Table, str]:
-    speed = made.speed
-    table = _table(f"A step, predicted: {1e3 * speed.step.total:.0f} ms", "part", "ms", "share")
-    for name, seconds in speed.step.parts().items():
-        if seconds:
-            share = f"{100 * seconds / speed.step.total:.1f}%"
-            table.add_row(name.replace("_", " "), f"{1e3 * seconds:.1f}", share)
-    return table, (
-        f"{_per_second(speed, made.layout)}, {speed.tokens_per_day / 1e9:.2f}B tokens a day; the "
-        f"whole run of {made.config.train.steps:,} steps: {speed.device_hours:,.0f} device-hours, "
-        f"{speed.device_hours / made.layout.world_size:,.1f} hours"
-    )
-
-
-def _show_ranking(console: Console, made: Plan) -> None:
-    ranking = made.ranking
-    count = len(ranking.fitting) + len(ranking.too_large)
-    table = _table(
-        f"{count} legal layouts, {len(ranking.fitting)} fit; the fastest (* the choice: the "
-        "simplest within 5%)",
-        "", "layout", "zero", "micro", "recompute", "GB", "tokens/s/device", "MFU", "hours",
-    )  # fmt: skip
-    shown = ranking.fitting[:SHOWN]
-    if ranking.fitting and ranking.best not in shown:
-        shown = [*shown, ranking.best]
-    for one in shown:
-        table.add_row("*" if one is ranking.best else "", *_row(one))
-    for one in ranking.too_large[: 0 if ranking.fitting else 3]:
-        table.add_row("too large", *_row(one))
-    console.print(table)
-    for sentence in reasons(ranking):
-        console.print(f"  {sentence}")
-    if ranking.too_large and made.shape.device_memory_gb:
-        over = ranking.too_large[0].memory.total / 1e9 - made.shape.device_memory_gb
-        console.print(
-            f"  {len(ranking.too_large)} layouts do not fit: the smallest of them by {over:.1f} GB"
-        )
-
-
-def _row(one: Candidate) -> list[str]:
-    config, speed, devices = one.config, one.speed, one.layout.world_size
-    return [
-        one.layout.describe(),
-        str(config.zero.stage),
-        str(config.batch.micro_batch_size),
-        config.train.recompute,
-        f"{one.memory.total / 1e9:.1f}",
-        f"{speed.tokens_per_second / devices:,.0f}",
-        f"{100 * speed.mfu:.1f}%",
-        f"{speed.device_hours / devices:,.1f}",
-    ]
-
-
-def _scaling_table(made: Plan) -> Table:
-    tokens = made.config.tokens_per_step
-    table = _table(
-        f"{tokens:,} tokens per step on more nodes, each with its best layout",
-        "nodes", "layout", "tokens/s", "MFU", "device-hours", "nanotron's MFU",
-    )  # fmt: skip
-    for row in made.scaling:
-        speed = row.best.speed
-        table.add_row(
-            str(row.nodes),
-            row.best.layout.describe(),
-            f"{speed.tokens_per_second:,.0f}",
-            f"{100 * speed.mfu:.1f}%",
-            f"{speed.device_hours:,.0f}",
-            f"{NANOTRON[row.nodes]}%" if row.nodes in NANOTRON else "",
-        )
-    table.caption = "nanotron: published, 1.34B parameters, half as many tokens per step, 8 × H100"
-    return table
-
-
-def _per_second(speed: Throughput, layout: Layout) -> str:
-    each = speed.tokens_per_second / layout.world_size
-    return (
-        f"{speed.tokens_per_second:,.0f} tokens/s ({each:,.0f} per device), "
-        f"MFU {100 * speed.mfu:.1f}%"
-    )
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table

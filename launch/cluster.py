@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -11,9 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from distributed_lm.errors import ConfigError
-from distributed_lm.planner.devices import NodeShape
+from distributed_lm.planner.devices import CLUSTERS, NodeShape, cluster_path
 
-CLUSTERS = Path("configs/clusters")
 # Nothing that a shell would read as more than text. In a #SBATCH line no blank and no "#" either:
 # there Slurm would begin another option, or a comment.
 SPECIAL = r"\x00-\x1f\x7f\"'`$\\;<>!"
@@ -119,9 +117,7 @@ def load_cluster(name: str) -> Cluster:
     Raises:
         ConfigError: naming the file, the field and what is wrong with it.
     """
-    path = Path(name)
-    if not path.suffix:
-        path = CLUSTERS / f"{name}.yaml"
+    path = cluster_path(name)
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return Cluster.model_validate(values)

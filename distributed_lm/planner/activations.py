@@ -100,9 +100,7 @@ def attention_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
 def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
     """What the kernel keeps beside queries, keys, values and context."""
     sizes, model = Sizes.of(config, layout), config.model
-    backend = config.attention.backend
-    if backend == "auto":
-        backend = "flex" if device == "cuda" and not model.dropout.attention else "sdpa"
+    backend = attention_backend(config, device)
     copies = sizes.head_stream + sizes.key_value  # of queries, keys and values
     if backend == "reference":
         scores = sizes.scores * (3 if model.dropout.attention else 1)
@@ -114,7 +112,7 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
         return sizes.scores * (3 if model.dropout.attention else 1) + copies * 2 / 3
     if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
-    is_cut = backend == "sdpa" and device == "cpu" and has_bias(config)
+    is_cut = backend == "sdpa" and device == "cpu"
     if is_cut and config.data.sequence_length > CPU_QUERIES:  # what the chunks' context is made of
         return sizes.log_sums + sizes.head_stream
     return sizes.log_sums
@@ -125,14 +123,24 @@ def has_bias(config: RunConfig) -> bool:
     return config.model.position not in ("sinusoidal", "rotary", "learned", "none")
 
 
+def attention_backend(config: RunConfig, device: Device) -> str:
+    """What ``model/attention_backends.py`` chooses; a user's own bias we assume FlexAttention to
+    take."""
+    if config.attention.backend != "auto":
+        return config.attention.backend
+    flexes = device == "cuda" and has_bias(config) and not config.model.dropout.attention
+    return "flex" if flexes else "sdpa"
+
+
 def bias_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
-    """The bias with its causal mask, fp32 [N, S, S], that all layers of a stage share. Kernels on a
-    GPU compute it instead."""
-    model = config.model
-    materialised = config.attention.backend in ("sdpa", "reference") or device == "cpu"
-    if not materialised or not has_bias(config):
+    """The bias with its causal mask, fp32 [N, S, S], or without a bias [1, S, S], that all layers
+    of a stage share. Kernels on a GPU compute it instead, or are causal by themselves."""
+    backend = attention_backend(config, device)
+    is_causal_itself = backend == "sdpa" and device == "cuda" and not has_bias(config)
+    if backend not in ("sdpa", "reference") or is_causal_itself:
         return 0.0
-    return 4.0 * model.num_attention_heads / layout.tensor * config.data.sequence_length**2
+    heads = config.model.num_attention_heads / layout.tensor if has_bias(config) else 1
+    return 4.0 * heads * config.data.sequence_length**2
 
 
 def loss_bytes(config: RunConfig, layout: Layout, vocab_size: int, device: Device) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from distributed_lm.config import RunConfig
 from distributed_lm.errors import ConfigError
-from distributed_lm.planner.activations import Device
 from distributed_lm.planner.search import Candidate, rank_layouts
 from distributed_lm.planner.step_time import Machine
 
@@ -30,16 +29,13 @@ def strong_scaling(
     machine: Machine,
     node_counts: Sequence[int],
     bytes_per_device: float | None,
-    device: Device = "cuda",
 ) -> list[ScalingRow]:
     """Numbers of nodes on which no layout is legal or fits are left out."""
     rows = []
     for nodes in node_counts:
         world_size = nodes * machine.devices_per_node
         try:
-            ranking = rank_layouts(
-                config, world_size, vocab_size, machine, bytes_per_device, device
-            )
+            ranking = rank_layouts(config, world_size, vocab_size, machine, bytes_per_device)
         except ConfigError:
             continue
         if ranking.fitting:

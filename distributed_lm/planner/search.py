@@ -13,7 +13,6 @@ import yaml
 from distributed_lm.config import RunConfig, check_config
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
-from distributed_lm.planner.activations import Device
 from distributed_lm.planner.memory import Memory, largest_memory
 from distributed_lm.planner.step_time import Machine, Throughput, throughput
 
@@ -82,7 +81,6 @@ def rank_layouts(
     vocab_size: int,
     machine: Machine,
     bytes_per_device: float | None,
-    device: Device = "cuda",
 ) -> Ranking:
     """
     Raises:
@@ -91,7 +89,7 @@ def rank_layouts(
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
     for changed, layout in legal_layouts(config, world_size, machine.devices_per_node):
-        memory = largest_memory(changed, layout, vocab_size, device)
+        memory = largest_memory(changed, layout, vocab_size, machine.rates.device)
         speed = throughput(changed, layout, vocab_size, machine)
         fits = bytes_per_device is None or memory.total <= bytes_per_device
         (fitting if fits else too_large).append(Candidate(changed, layout, memory, speed))
@@ -122,13 +120,9 @@ def legal_layouts(
             }
         )
         split = config.model_copy(update={"parallel": parallel})
-        if not _passes(split):
-            continue
         for stage in range(4):
             zero = config.zero.model_copy(update={"stage": stage})
-            sharded = split.model_copy(update={"zero": zero})
-            if _passes(sharded):
-                yield from _batches(sharded, world_size)
+            yield from _batches(split.model_copy(update={"zero": zero}), world_size)
 
 
 def _batches(config: RunConfig, world_size: int) -> Iterator[tuple[RunConfig, Layout]]:
@@ -141,7 +135,9 @@ def _batches(config: RunConfig, world_size: int) -> Iterator[tuple[RunConfig, La
             continue
         for recompute in RECOMPUTES:
             train = config.train.model_copy(update={"recompute": recompute})
-            yield changed.model_copy(update={"train": train}), layout
+            whole = changed.model_copy(update={"train": train})
+            if _passes(whole):
+                yield whole, layout
 
 
 def _passes(config: RunConfig) -> bool:
@@ -157,18 +153,14 @@ def reasons(ranking: Ranking) -> list[str]:
     if not ranking.fitting:
         return []
     best = ranking.best
-    sentences = []
-    seen = set()
+    sentences = {}
     for candidate in ranking.fitting:
-        for field, value in candidate.fields.items():
-            key = (field, value)
-            if value == best.fields[field] or key in seen:
-                continue
-            seen.add(key)
-            sentences.append(_sentence(field, value, candidate, best))
-    for field, values in _never_fit(ranking).items():
-        sentences += [f"{field}={value}: no layout with it fits" for value in values]
-    return sorted(sentences)
+        for choice in candidate.fields.items():
+            if choice not in sentences and choice[1] != best.fields[choice[0]]:
+                sentences[choice] = _sentence(*choice, candidate, best)
+    for field, value in _never_fit(ranking):
+        sentences[field, value] = f"{field}={_shown(value)}: no layout with it fits"
+    return [sentences[choice] for choice in sorted(sentences)]
 
 
 def _sentence(field: str, value: Any, candidate: Candidate, best: Candidate) -> str:
@@ -177,14 +169,23 @@ def _sentence(field: str, value: Any, candidate: Candidate, best: Candidate) -> 
     slower = ours.total / theirs.total - 1
     growth = {name: ours.parts()[name] - theirs.parts()[name] for name in ours.parts()}
     part = max(growth, key=lambda name: growth[name])
-    shown = str(value).lower() if isinstance(value, bool) else value
-    head = f"{field}={shown}: at best {100 * slower:.1f}% slower"
-    if slower <= 0:
-        return f"{field}={shown}: at best {-100 * slower:.1f}% faster, too little to tell"
-    return (
-        f"{head}; {EXPLANATIONS[part]} {1e3 * ours.parts()[part]:.0f} ms of a step of "
-        f"{1e3 * ours.total:.0f} ms, {1e3 * growth[part]:.0f} ms more than in the best"
-    )
+    direction = "slower" if slower > 0 else "faster"
+    said = f"{field}={_shown(value)}: at best {abs(100 * slower):.1f}% {direction}"
+    if abs(slower) < INDISTINGUISHABLE:
+        said += ", too little to tell"
+    else:
+        said += (
+            f"; {EXPLANATIONS[part]} {1e3 * ours.parts()[part]:.0f} ms of a step of "
+            f"{1e3 * ours.total:.0f} ms, {1e3 * growth[part]:.0f} ms more than in the best"
+        )
+    if (field, value) == ("zero.stage", 2):
+        said += "; its reductions run beside backward, which the model leaves out"
+    return said
+
+
+def _shown(value: Any) -> str:
+    """As a config file has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 EXPLANATIONS = {
@@ -202,19 +203,13 @@ EXPLANATIONS = {
 }
 
 
-def _never_fit(ranking: Ranking) -> dict[str, list[Any]]:
+def _never_fit(ranking: Ranking) -> set[tuple[str, Any]]:
     fitting = {item for one in ranking.fitting for item in one.fields.items()}
-    never: dict[str, list[Any]] = {}
-    for candidate in ranking.too_large:
-        for item in candidate.fields.items():
-            if item not in fitting and item[1] not in never.get(item[0], []):
-                never.setdefault(item[0], []).append(item[1])
-    return never
+    return {item for one in ranking.too_large for item in one.fields.items()} - fitting
 
 
-def write_best(candidate: Candidate, path: Path, base: Path, overrides: Sequence[str]) -> None:
-    """A config that extends ``base`` and changes what the search has chosen.
-
+def check_write(path: Path, overrides: Sequence[str]) -> None:
+    """
     Raises:
         ConfigError: if ``path`` exists, or ``overrides`` would be lost.
     """
@@ -225,6 +220,14 @@ def write_best(candidate: Candidate, path: Path, base: Path, overrides: Sequence
             f"--write with overrides ({' '.join(overrides)}): they would not be in {path}; "
             "put them into the config first"
         )
+
+
+def write_best(candidate: Candidate, path: Path, base: Path) -> None:
+    """A config that extends ``base`` and changes what the search has chosen.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     if base.is_dir():
         base = base / "config.yaml"
     nested: dict[str, Any] = {}
@@ -236,9 +239,14 @@ def write_best(candidate: Candidate, path: Path, base: Path, overrides: Sequence
         f"# {base.name} as `distributed-lm plan` would lay it out on "
         f"{candidate.layout.world_size} devices: {candidate.layout.describe()}.\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({"extends": [parent], **nested}, sort_keys=False)
-    path.write_text(header + text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(header + text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--write={path}: cannot be written: {error.strerror}; give another path"
+        ) from None
 
 
 def _relative(path: Path, start: Path) -> str:

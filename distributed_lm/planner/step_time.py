@@ -22,7 +22,7 @@ from distributed_lm.planner.shards import layer_shard, rank_parameters, stage_la
 # Assumed: of a link's rate in long collectives, and of the matrix products' rate in attention.
 LINK_EFFICIENCY = 0.75
 ATTENTION_EFFICIENCY = 0.6
-# Assumed, seconds: of one hop of a collective, and of one kernel's launch by the host.
+# Assumed, seconds: of one hop of a collective, inside a node and between nodes.
 HOP_INSIDE, HOP_BETWEEN = 5e-6, 2e-5
 # Bytes of memory traffic: per byte kept for backward (written, read in forward and in backward, its
 # gradient written and read), per logit of the fused loss, per parameter and microbatch where 16-bit
@@ -105,7 +105,7 @@ class Throughput:
     step: StepTime
     tokens_per_second: float
     mfu: float
-    """Attention counted in full; of ``peak_flops``."""
+    """Attention counted in full; of the precision's peak."""
     tokens_per_day: float
     device_hours: float
     """Of the whole run."""
@@ -114,8 +114,11 @@ class Throughput:
 def step_time(config: RunConfig, layout: Layout, vocab_size: int, machine: Machine) -> StepTime:
     """Of the slowest pipeline rank; the others wait for it. That is the first, which has the spare
     layers and the embedding, or the last, which has the loss."""
+    microbatches = [
+        _microbatch(config, layout, vocab_size, machine, rank) for rank in range(layout.pipeline)
+    ]
     ranks = {0, layout.pipeline - 1}
-    every = (_rank_time(config, layout, vocab_size, machine, rank) for rank in ranks)
+    every = (_rank_time(config, layout, vocab_size, machine, rank, microbatches) for rank in ranks)
     return max(every, key=lambda times: times.total)
 
 
@@ -123,7 +126,7 @@ def throughput(config: RunConfig, layout: Layout, vocab_size: int, machine: Mach
     step = step_time(config, layout, vocab_size, machine)
     speed = config.tokens_per_step / step.total
     flops = training_flops_per_token(config.model, vocab_size, config.data.sequence_length).full
-    peak = machine.rates.peak_flops * layout.world_size
+    peak = machine.rates.peaks[config.precision] * layout.world_size
     return Throughput(
         step=step,
         tokens_per_second=speed,
@@ -134,21 +137,44 @@ def throughput(config: RunConfig, layout: Layout, vocab_size: int, machine: Mach
 
 
 def _rank_time(
-    config: RunConfig, layout: Layout, vocab_size: int, machine: Machine, pipeline: int
+    config: RunConfig,
+    layout: Layout,
+    vocab_size: int,
+    machine: Machine,
+    pipeline: int,
+    microbatches: list[dict[str, float]],
 ) -> StepTime:
+    """``microbatches``: the parts of one microbatch's time, by pipeline rank."""
+    count = layout.num_microbatches(config.batch.global_batch_size, config.batch.micro_batch_size)
+    parts = microbatches[pipeline]
+    # Forward of the first microbatch through the stages before it, and both passes through those
+    # behind it, and backward of the last through those before: each of the others' time, once.
+    everyone = sum(sum(one.values()) for one in microbatches)
+    held = rank_parameters(config.model, vocab_size, layout, pipeline).total
+    gradients, weights = _data_parallel(config, layout, held, count, machine)
+    return StepTime(
+        **{name: count * seconds for name, seconds in parts.items()},
+        bubble=(everyone - sum(parts.values())) / layout.virtual_pipeline,
+        gradients=gradients,
+        weights=weights,
+        optimizer=_optimizer(config, layout, held, count) / machine.rates.memory_bandwidth,
+    )
+
+
+def _microbatch(
+    config: RunConfig, layout: Layout, vocab_size: int, machine: Machine, pipeline: int
+) -> dict[str, float]:
+    """Seconds of one microbatch, forward and backward, on a rank at this pipeline coordinate."""
     model, rates, sizes = config.model, machine.rates, Sizes.of(config, layout)
-    batch = config.batch
-    count = layout.num_microbatches(batch.global_batch_size, batch.micro_batch_size)
     layers = sum(stage_layers(model, layout, pipeline))
-    is_last = pipeline == layout.pipeline - 1
-    rate = rates.peak_flops * rates.matmul_efficiency
+    rate = rates.peaks[config.precision] * rates.matmul_efficiency
 
     product = layers * 6 * sizes.tokens * layer_shard(model, layout.tensor) / rate
     # Below the diagonal: two products forward, five backward.
     length = config.data.sequence_length
     forward_attention = 2 * sizes.tokens * length * model.hidden_size / layout.tensor
     attention = layers * 3.5 * forward_attention / (rate * ATTENTION_EFFICIENCY)
-    kept = layer_bytes(config, layout, "cuda")
+    kept = layer_bytes(config, layout, rates.device)
     elementwise = layers * TRAFFIC_PER_KEPT_BYTE * kept / rates.memory_bandwidth
     again = {
         "none": 0.0,
@@ -158,33 +184,22 @@ def _rank_time(
     columns = vocab_size // layout.tensor
     if model.adaptive is not None:
         columns = model.adaptive.cutoffs[0] // layout.tensor
-    loss = 0.0
-    if is_last:
+    loss = sends = 0.0
+    if pipeline == layout.pipeline - 1:
         loss = 6 * sizes.tokens * columns * model.hidden_size / rate
         loss += TRAFFIC_PER_LOGIT * sizes.tokens * columns / rates.memory_bandwidth
-    tensor = layers * _tensor_parallel(config, layout, sizes, machine)
-    sends = 0.0
     if layout.pipeline > 1:
-        sends = (
-            2 * layout.virtual_pipeline * machine.send(layout.tensor * layout.data, sizes.stream)
-        )
-    microbatch = product + attention + elementwise + again + loss + tensor + sends
-    bubble = microbatch * (layout.pipeline - 1) / layout.virtual_pipeline
-    held = rank_parameters(model, vocab_size, layout, pipeline).total
-    gradients, weights = _data_parallel(config, layout, held, count, machine)
-    return StepTime(
-        matrix_products=count * product,
-        attention=count * attention,
-        elementwise=count * elementwise,
-        loss=count * loss,
-        recompute=count * again,
-        tensor_parallel=count * tensor,
-        pipeline_sends=count * sends,
-        bubble=bubble,
-        gradients=gradients,
-        weights=weights,
-        optimizer=_optimizer(config, layout, held, count) / rates.memory_bandwidth,
-    )
+        one = machine.send(layout.tensor * layout.data, sizes.stream)
+        sends = 2 * layout.virtual_pipeline * one
+    return {
+        "matrix_products": product,
+        "attention": attention,
+        "elementwise": elementwise,
+        "loss": loss,
+        "recompute": again,
+        "tensor_parallel": layers * _tensor_parallel(config, layout, sizes, machine),
+        "pipeline_sends": sends,
+    }
 
 
 def _tensor_parallel(config: RunConfig, layout: Layout, sizes: Sizes, machine: Machine) -> float:

@@ -61,3 +61,64 @@ def test_unprepared_data_without_a_vocabulary(capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().err
     assert "data.path=nowhere is not prepared" in said
     assert "set model.vocab_size" in said
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_a_layout_that_does_not_divide_is_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "best.yaml"
+    assert run(PAPER, "--cluster", H100, "--nodes", "3", "--write", str(path)) == 0
+    said = capsys.readouterr().out
+    assert "as configured: not possible: batch.global_batch_size=2048 is not a mul" in said
+    assert "Memory of a rank" not in said
+    assert "legal layouts" in said
+    assert load_config(path).parallel.pipeline == 3
+    assert run(PAPER, "--cluster", H100, "--nodes", "3", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["devices"] == 24
+    assert made["layout"] is None
+    assert made["best"]["parallel.pipeline"] == 3
+
+
+def cluster_of(path: Path, gigabytes: float) -> str:
+    path.write_text(f"devices_per_node: 8\ndevice_memory_gb: {gigabytes}\n")
+    return str(path)
+
+
+def test_says_whether_the_configured_layout_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    assert run(PAPER, "--cluster", cluster_of(cluster, 80)) == 0
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "it fits" in line]
+    left = float(said.split("it fits, ")[1].split(" GB are left")[0])
+    assert run(PAPER, "--cluster", cluster_of(cluster, 79 - left)) == 0
+    assert "as configured: it does not fit, 1.0 GB are missing" in capsys.readouterr().out
+
+
+def test_nothing_fits_is_an_error_after_the_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(PAPER, "--cluster", cluster_of(tmp_path / "cluster.yaml", 1)) == 2
+    said = capsys.readouterr()
+    assert "too large" in said.out
+    assert "no layout fits: the smallest (data=" in said.err
+    assert "raise the number of nodes" in said.err
+
+
+def test_refuses_to_write_before_the_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "best.yaml"
+    path.touch()
+    assert run(PAPER, "--cluster", H100, "--write", str(path)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "exists; give another name" in said.err

@@ -36,9 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"model": {"dropout": DROPOUT}},
     "dropout, relu": {"model": {"dropout": DROPOUT, "activation": "relu"}},
     "several chunks of queries": {"data": {"sequence_length": 512}},
+    "several chunks, no bias": {
+        "model": {"position": "sinusoidal"}, "data": {"sequence_length": 512},
+    },
     "selective": {"train": {"recompute": "selective"}},
     "full": {"train": {"recompute": "full"}},
-}
+}  # fmt: skip
 
 
 def variant(sections: dict[str, Any], num_layers: int) -> RunConfig:
@@ -88,7 +91,16 @@ def test_bias_is_kept_once_and_not_on_a_gpu() -> None:
     config = variant({}, 2)
     assert bias_bytes(config, LONE, "cpu") == 4 * 4 * 64 * 64
     assert bias_bytes(config, LONE, "cuda") == 0
-    assert bias_bytes(variant({"model": {"position": "rotary"}}, 2), LONE, "cpu") == 0
+    dropped = variant({"model": {"dropout": {"attention": 0.1}}}, 2)
+    assert bias_bytes(dropped, LONE, "cuda") == 4 * 4 * 64 * 64  # FlexAttention has no dropout
+
+
+@pytest.mark.parametrize(("backend", "on_gpu"), [("auto", 0), ("sdpa", 0), ("reference", 1)])
+def test_without_a_bias_a_mask_is_kept_where_the_kernel_reads_it(backend: str, on_gpu: int) -> None:
+    rotary = {"model": {"position": "rotary"}, "attention": {"backend": backend}}
+    mask = 4 * 64 * 64
+    assert bias_bytes(variant(rotary, 2), LONE, "cpu") == mask
+    assert bias_bytes(variant(rotary, 2), LONE, "cuda") == on_gpu * mask
 
 
 def test_tensor_parallel_ranks_share_all_but_the_residual_stream() -> None:

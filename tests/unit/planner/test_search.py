@@ -8,10 +8,17 @@ import pytest
 from distributed_lm.config import RunConfig, check_config, load_config
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
-from distributed_lm.planner.devices import DEVICES, load_node_shape
+from distributed_lm.planner.devices import DEVICES, NodeShape, load_node_shape
 from distributed_lm.planner.memory import check_fits, largest_memory, rank_memory
 from distributed_lm.planner.scaling import strong_scaling
-from distributed_lm.planner.search import Ranking, rank_layouts, reasons, write_best
+from distributed_lm.planner.search import (
+    Ranking,
+    check_write,
+    legal_layouts,
+    rank_layouts,
+    reasons,
+    write_best,
+)
 from distributed_lm.planner.step_time import Machine
 from launch.cluster import Cluster, load_cluster
 from tests.support.training import tiny_config
@@ -49,6 +56,26 @@ def test_every_layout_is_legal_and_none_is_left_out() -> None:
     assert {micro for *_, micro, _ in found} == {1, 2, 4, 8}
 
 
+def test_no_layout_contradicts_the_rest_of_the_config() -> None:
+    """Compiled layers allow neither tensor parallelism nor ZeRO 3 nor selective recomputation."""
+    compiled = tiny_config(model={"vocab_size": 192}, train={"compile": True})
+    found = [one for one, _ in legal_layouts(compiled, 4, 4)]
+    for config in found:
+        check_config(config)
+    assert {config.train.recompute for config in found} == {"none", "full"}
+    assert {config.parallel.tensor for config in found} == {1}
+    assert {config.zero.stage for config in found} == {0, 1, 2}
+
+
+def test_the_configs_own_stage_keeps_no_layout_away() -> None:
+    """ZeRO 2 goes with no pipeline, which others do."""
+    one, two = (
+        [config for config, _ in legal_layouts(tiny, 4, 4)]
+        for tiny in (tiny_config(zero={"stage": stage}) for stage in (1, 2))
+    )
+    assert one == two
+
+
 def test_the_papers_model_wants_data_parallel_ranks_only() -> None:
     ranking = rank(load_config(PAPER), 128)
     best = ranking.best
@@ -61,6 +88,13 @@ def test_the_papers_model_wants_data_parallel_ranks_only() -> None:
     [tensor] = [line for line in said if line.startswith("parallel.tensor=2:")]
     assert "the all-reduces of two activations per layer and direction take" in tensor
     assert any(line.startswith("train.recompute=full:") and "again" in line for line in said)
+    sizes = [line.split(":")[0] for line in said if line.startswith("batch.micro")]
+    assert sizes == [f"batch.micro_batch_size={size}" for size in (1, 2, 4, 8, 32)]
+    slower = [float(line.split("at best ")[1].split("%")[0]) for line in said]
+    for line, percent in zip(said, slower, strict=True):
+        assert ("too little to tell" in line) == (percent < 5)
+    [two] = [line for line in said if line.startswith("zero.stage=2:")]
+    assert "its reductions run beside backward, which the model leaves out" in two
 
 
 def test_what_does_not_fit_is_told_apart(tmp_path: Path) -> None:
@@ -87,12 +121,14 @@ def test_impossible_number_of_devices_says_why() -> None:
 def test_written_config_loads_again(tmp_path: Path) -> None:
     ranking = rank(load_config(PAPER), 128)
     path = tmp_path / "sub" / "best.yaml"
-    write_best(ranking.best, path, PAPER, ())
+    write_best(ranking.best, path, PAPER)
     assert load_config(path) == ranking.best.config
     with pytest.raises(ConfigError, match="exists"):
-        write_best(ranking.best, path, PAPER, ())
+        check_write(path, ())
     with pytest.raises(ConfigError, match=r"overrides \(train\.steps=9\)"):
-        write_best(ranking.best, tmp_path / "other.yaml", PAPER, ["train.steps=9"])
+        check_write(tmp_path / "other.yaml", ["train.steps=9"])
+    with pytest.raises(ConfigError, match=r"best\.yaml/below\.yaml: cannot be written: "):
+        write_best(ranking.best, path / "below.yaml", PAPER)
 
 
 def test_strong_scaling_falls() -> None:
@@ -133,6 +169,15 @@ def test_the_planner_reads_what_the_launcher_does(path: Path) -> None:
     assert isinstance(theirs, Cluster)
     for field in type(ours).model_fields:
         assert getattr(ours, field) == getattr(theirs, field)
+    assert load_node_shape(str(path.with_suffix(""))) == ours
+    assert load_cluster(str(path.with_suffix(""))) == theirs
+
+
+def test_no_field_of_the_launchers_looks_like_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "all.yaml"
+    others = Cluster.model_fields.keys() - NodeShape.model_fields
+    path.write_text("devices_per_node: 8\n" + "".join(f"{field}: 1\n" for field in others))
+    assert load_node_shape(str(path)).devices_per_node == 8
 
 
 @pytest.mark.parametrize(
@@ -141,6 +186,11 @@ def test_the_planner_reads_what_the_launcher_does(path: Path) -> None:
         ("nodes: 2\n", "devices_per_node: field required"),
         ("devices_per_node: 0\n", "devices_per_node: input should be greater than 0"),
         ("devices_per_node: [\n", "cannot be read"),
+        ("- devices_per_node\n", "expected 'field: value' lines, found a list"),
+        (
+            "devices_per_node: 8\ndevice_memory: 80\n",
+            "device_memory: no such field; write device_m",
+        ),
     ],
 )
 def test_bad_cluster_file_is_one_sentence(tmp_path: Path, text: str, said: Any) -> None:

@@ -88,9 +88,32 @@ def test_bubble_is_that_of_the_formula() -> None:
     for virtual, count in ((1, 8), (1, 32), (2, 8)):
         parallel = {"pipeline": 4, "virtual_pipeline": virtual}
         found = times(published(1024, count, 1, parallel=parallel), 4)
-        busy = found.matrix_products + found.attention + found.elementwise + found.loss
-        busy += found.pipeline_sends
+        busy = found.matrix_products + found.attention + found.elementwise + found.pipeline_sends
+        # The last stage has the loss besides, and waits for none.
         assert found.bubble / busy == pytest.approx(3 / (virtual * count))
+
+
+def test_slowest_rank_waits_for_each_of_the_others_once() -> None:
+    """25 layers on 4 stages: 7, 6, 6 and 6 with the loss, which is the slowest. A rank that does
+    nothing but layers takes as long per layer as the last one does without its loss."""
+    count = 16
+    parallel = {"pipeline": 4}
+    values = published(1024, count, 1, parallel=parallel)
+    deeper = values.model_copy(update={"model": values.model.model_copy(update={"num_layers": 25})})
+    found = times(deeper, 4)
+    layers = (found.matrix_products + found.attention + found.elementwise) / count / 6
+    sends = found.pipeline_sends / count
+    assert found.loss / count > layers  # so that the last rank is the slowest
+    assert found.bubble == pytest.approx(19 * layers + 3 * sends)
+
+
+@pytest.mark.parametrize(("machine", "slower"), [(H100, 989.4 / 67), (A100, 312 / 19.5)])
+def test_fp32_has_no_tensor_cores(machine: Machine, slower: float) -> None:
+    half = times(published(1024, 64, 1, precision="bf16"), 8, machine)
+    whole = times(published(1024, 64, 1, precision="fp32"), 8, machine)
+    assert whole.matrix_products == pytest.approx(slower * half.matrix_products)
+    config = published(1024, 64, 1, precision="fp32")
+    assert 0.3 < throughput(config, Layout.of(config, 8), 50432, machine).mfu < 0.9
 
 
 def test_ranks_of_other_nodes_are_slower_to_reach() -> None:
