@@ -78,6 +78,8 @@ def config_of(options: argparse.Namespace, precision: str) -> RunConfig:
             "global_batch_size": size["batch"],
             "micro_batch_size": options.micro_batch or size["batch"],
         },
+        # Alone, in fp32, there is nothing to shard and no master copy to keep.
+        "zero": {"stage": 0 if precision == "fp32" else 1},
         "train": {"steps": 1},
         "optimizer": {"learning_rate": 1e-4},
     }
