@@ -402,7 +402,8 @@ class Supervisor:
             self._send_alert(kind, message)
 
     def _send_alert(self, kind: str, message: str) -> None:
-        self._keep(asyncio.to_thread(alerts.send, self.job, kind, message))
+        # Not as a task, which the end of the job would cancel: a thread that is waited for then.
+        asyncio.get_running_loop().run_in_executor(None, alerts.send, self.job, kind, message)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         """A task that nobody waits for; from being collected while it runs."""

@@ -25,6 +25,7 @@ from launch.supervisor.journal import (
 )
 from launch.supervisor.outcome import failures_in_a_row, has_progressed
 from launch.supervisor.step import whole_node_options
+from launch.supervisor.supervisor import Supervisor
 
 
 def event(name: str, job: str | None = "1", **values: Any) -> dict[str, Any]:
@@ -218,3 +219,21 @@ def test_journal_survives_a_torn_line(tmp_path: Path) -> None:
         file.write('{"event": "to')
     journal.record("leave")
     assert [one["event"] for one in read_journal(tmp_path)] == ["life"]
+
+
+def test_alerts_of_the_last_moment_are_sent(tmp_path: Path) -> None:
+    """More of them than there are threads, and then the supervisor's work is over."""
+    command, told = tmp_path / "alert.sh", tmp_path / "told"
+    command.write_text(f'#!/bin/sh\nsleep 0.05; echo "$2: $3" >> {told}\n')
+    command.chmod(0o755)
+    supervisor = object.__new__(Supervisor)
+    supervisor.job = job(tmp_path, alert_command=str(command))
+    supervisor._tasks = set()
+    messages = {f"spike: {number}" for number in range(60)}
+
+    async def tell() -> None:
+        for message in messages:
+            supervisor._send_alert(*message.split(": "))
+
+    asyncio.run(tell())
+    assert set(told.read_text().splitlines()) == messages
