@@ -18,9 +18,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 GPU_COMMAND = "python -m benchmarks.gpu"
 
-# What a result has that has nothing to say of it.
-UNSAID: dict[str, Any] = {"summary": [], "absent": {}, "load": None}
-
 # By name, in the order of the page: title, what it asks, and whether it wants a GPU.
 SECTIONS: dict[str, tuple[str, str, bool]] = {
     "train_step": (
@@ -64,10 +61,7 @@ def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """By benchmark and device, what ``Result.write`` wrote."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        results.setdefault(path.stem, {})[path.parent.name] = {
-            **UNSAID,
-            **json.loads(path.read_text()),
-        }
+        results.setdefault(path.stem, {})[path.parent.name] = json.loads(path.read_text())
     return results
 
 
@@ -124,7 +118,7 @@ def _outcome(name: str, device: str, content: dict[str, Any], images: Path) -> d
         "machine": _machine(content["machine"]),
         "commit": content["commit"],
         "date": datetime.fromisoformat(content["date"]).strftime("%Y-%m-%d"),
-        "load": "unknown" if content["load"] is None else f"{content['load']:.1f}",
+        "load": f"{content['load']:.1f}",
         "plot": plot if plots.draw(name, content, images / plot) else None,
         "short": "\n\n".join(table(rows) for rows in short if rows),
         "details": "\n\n".join(table(rows) for rows in details if rows),
