@@ -151,7 +151,9 @@ def test_preempted_run_comes_back(
 
 
 def test_hanging_rank_is_named_and_the_run_goes_on(jobs: Jobs, expected: list[float]) -> None:
-    job = jobs.launch("hung", "supervision.hang_timeout_seconds=15")
+    # Without saves on the way: in one, ranks are given longer than this.
+    overrides = ("supervision.hang_timeout_seconds=15", "checkpoint.save_every=1000")
+    job = jobs.launch("hung", *overrides)
     job.reach(12)
     [pid] = ranks_on(jobs.cluster, "node2")
     send(pid, signal.SIGSTOP)
