@@ -23,7 +23,8 @@ from benchmarks import harness
 from benchmarks.harness import Result, Samples
 from distributed_lm import platform
 from distributed_lm.config import ModelConfig
-from distributed_lm.model.attention_backends import BACKENDS, unavailable_reason
+from distributed_lm.model.attention_backends import BACKENDS
+from distributed_lm.model.backend_choice import unavailable_reason
 from distributed_lm.model.positions import HeadSlice, PositionMethod, build_position
 
 BASELINE = "sdpa, no bias"

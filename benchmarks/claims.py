@@ -25,7 +25,8 @@ from benchmarks.harness import Ratio, Result, Samples
 from benchmarks.ranks import Ranks, Turn
 from distributed_lm import platform
 from distributed_lm.config import RunConfig, load_config
-from distributed_lm.model.attention_backends import BACKENDS, choose_backend, unavailable_reason
+from distributed_lm.model.attention_backends import BACKENDS
+from distributed_lm.model.backend_choice import choose_backend, unavailable_reason
 from distributed_lm.model.positions import HeadSlice, build_position
 from tests.support.ranks import CONTEXT
 

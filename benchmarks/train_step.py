@@ -266,11 +266,11 @@ def print_memory(options: argparse.Namespace) -> None:
 
 # Substrings of operator names, in the order they are tried.
 PARTS = {
-    "attention": ("attention", "flex", "softmax_backward", "aten::softmax", "aten::bmm"),
+    "loss": ("nll_loss", "log_softmax", "cross_entropy"),
+    "attention": ("attention", "flex", "softmax", "bmm"),
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn", "aten::linear", "gemm"),
     "optimizer": ("_fused_adamw", "Optimizer", "clip"),
     "communication": ("c10d", "gloo", "nccl"),
-    "loss": ("nll_loss", "log_softmax", "cross_entropy"),
 }
 
 

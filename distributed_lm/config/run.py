@@ -150,9 +150,9 @@ class ScheduleConfig(Section):
 
 
 class AttentionConfig(Section):
-    backend: Literal["auto", "reference", "sdpa", "flex", "flash"] = "auto"
-    """``auto`` takes FlexAttention on CUDA for methods with a bias; else scaled-dot-product
-    attention."""
+    backend: Literal["auto", "reference", "sdpa", "matmul", "flex", "flash"] = "auto"
+    """``auto`` takes FlexAttention on CUDA for methods with a bias, batched matrix products
+    (``matmul``) on a CPU in bf16; else scaled-dot-product attention."""
 
 
 class EvaluationConfig(Section):

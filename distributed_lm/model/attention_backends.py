@@ -7,7 +7,6 @@ to zero, and returns [B, N, Q, H] in the query's dtype.
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed_lm.errors import ConfigError
 from distributed_lm.model.alibi import slopes_tensor
 from distributed_lm.model.compilation import MAX_COMPILED_SHAPES
+from distributed_lm.model.matmul_attention import matmul_attention
 from distributed_lm.model.positions import PositionMethod
 
 Attend = Callable[..., Tensor]
@@ -29,7 +28,7 @@ MAX_BIAS_ELEMENTS = 1 << 26
 # Queries of one call to SDPA on a CPU, whose kernel reads a mask but skips nothing for it: chunks
 # leave out the keys that no query of theirs sees, nearly half of all in the end. Shorter ones skip
 # more and lose as much to smaller matrix products.
-CPU_QUERIES = 256
+CPU_QUERIES = 192
 
 
 def reference(
@@ -76,11 +75,54 @@ def sdpa(
         query_BNQH, key_BGKH, value_BGKH = (
             tensor.float() for tensor in (query_BNQH, key_BGKH, value_BGKH)
         )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias_NQK: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            # Four dimensions: with three, torch leaves the fused kernel and keeps all scores.
+            attn_mask=bias_NQK[None],
+            dropout_p=dropout,
+            enable_gqa=grouped,
+        )
+
+    most_queries = num_queries if query_BNQH.is_cuda else CPU_QUERIES
+    return _in_chunks(attend, query_BNQH, key_BGKH, value_BGKH, position, most_queries).to(dtype)
+
+
+def matmul(
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Batched matrix products, in chunks of bounded memory: the fastest for bf16 on a CPU."""
+    assert dropout == 0.0, "choose_backend lets no dropout through to matmul"
+    key_BNKH, value_BNKH = (
+        _repeat_groups(tensor, query_BNQH.size(1)) for tensor in (key_BGKH, value_BGKH)
+    )
+    most_queries = query_BNQH.size(2)  # it has chunks of its own
+    return _in_chunks(matmul_attention, query_BNQH, key_BNKH, value_BNKH, position, most_queries)
+
+
+def _in_chunks(
+    attend: Attend,
+    query_BNQH: Tensor,
+    key_BGKH: Tensor,
+    value_BGKH: Tensor,
+    position: PositionMethod,
+    most_queries: int,
+) -> Tensor:
+    """``attend(query, key, value, bias)`` for at most so many queries at a time, each with the keys
+    that they see."""
+    num_queries, num_keys = query_BNQH.size(2), key_BGKH.size(2)
     heads = query_BNQH.size(1) if position.has_bias else 1
     # Without gradients the inputs are long and nothing is kept: a quarter does.
     kept = MAX_BIAS_ELEMENTS if torch.is_grad_enabled() else MAX_BIAS_ELEMENTS // 4
     bias_queries = max(1, kept // (heads * num_keys))
-    chunk = bias_queries if query_BNQH.is_cuda else min(bias_queries, CPU_QUERIES)
+    chunk = min(bias_queries, most_queries)
     first = num_keys - num_queries
     device = query_BNQH.device
     whole = None
@@ -94,18 +136,9 @@ def sdpa(
             bias = whole[:, start:stop, :visible]
         else:
             bias = causal_bias(position, range(first + start, visible), visible, device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query_BNQH[:, :, start:stop],
-                key_BGKH[:, :, :visible],
-                value_BGKH[:, :, :visible],
-                # Four dimensions: with three, torch leaves the fused kernel and keeps all scores.
-                attn_mask=bias[None],
-                dropout_p=dropout,
-                enable_gqa=grouped,
-            )
-        )
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).to(dtype)
+        seen = (tensor[:, :, :visible] for tensor in (key_BGKH, value_BGKH))
+        outputs.append(attend(query_BNQH[:, :, start:stop], *seen, bias))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def flex(
@@ -156,55 +189,10 @@ def flash(
 BACKENDS: dict[str, Attend] = {
     "reference": reference,
     "sdpa": sdpa,
+    "matmul": matmul,
     "flex": flex,
     "flash": flash,
 }
-
-
-def choose_backend(
-    name: str,
-    position: PositionMethod,
-    device: torch.device,
-    dtype: torch.dtype,
-    dropout: float = 0.0,
-) -> str:
-    """The backend to use: ``name``, or for ``auto`` the fastest that fits.
-
-    Raises:
-        ConfigError: if the backend asked for cannot do this position method on this device in this
-            dtype.
-    """
-    if name == "auto":
-        # Without a bias, scaled-dot-product attention is causal by itself and fused.
-        flexes = position.has_bias and type(position).score_mod is not _no_score_mod()
-        return "flex" if device.type == "cuda" and flexes and dropout == 0.0 else "sdpa"
-    problem = unavailable_reason(name, position, device, dtype)
-    if name == "flex" and dropout > 0.0:
-        problem = problem or f"FlexAttention has no dropout, and model.dropout.attention={dropout}"
-    if problem:
-        raise ConfigError(f"attention.backend={name}: {problem}; use attention.backend=auto")
-    return name
-
-
-def unavailable_reason(
-    name: str, position: PositionMethod, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Why backend ``name`` cannot train here, or None if it can."""
-    if name == "flex":
-        if device.type != "cuda":
-            return "FlexAttention has no backward on CPU"
-        if position.has_bias and type(position).score_mod is _no_score_mod():
-            return f"{type(position).__name__} has no score_mod"
-    if name == "flash":
-        if device.type != "cuda":
-            return "FlashAttention-2 needs a GPU"
-        if importlib.util.find_spec("flash_attn") is None:
-            return "the package flash-attn is not installed"
-        if dtype == torch.float32:
-            return "FlashAttention-2 takes precision=bf16 or fp16, not fp32"
-        if position.has_bias and position.linear_slopes is None:
-            return f"{type(position).__name__}'s bias is not linear"
-    return None
 
 
 def causal_bias(
@@ -226,17 +214,19 @@ def causal_bias(
         rows = torch.arange(queries.start, queries.stop, device=device)
         return bias.masked_fill(keys[None, :] > rows[:, None], float("-inf"))
 
-    if next(position.parameters(), None) is not None:
+    if has_trained_bias(position):
         return make()
     return _kept(position, "_kept_bias", (queries, num_keys, device), make)
 
 
+def has_trained_bias(position: PositionMethod) -> bool:
+    """Whether the bias changes from step to step, and needs a gradient."""
+    return position.has_bias and next(position.parameters(), None) is not None
+
+
 def _repeat_groups(tensor_BGKH: Tensor, num_heads: int) -> Tensor:
-    return tensor_BGKH.repeat_interleave(num_heads // tensor_BGKH.size(1), dim=1)
-
-
-def _no_score_mod() -> Any:
-    return PositionMethod.score_mod
+    repeats = num_heads // tensor_BGKH.size(1)
+    return tensor_BGKH if repeats == 1 else tensor_BGKH.repeat_interleave(repeats, dim=1)
 
 
 def _flex_module() -> Any:

@@ -32,7 +32,7 @@ from distributed_lm import platform
 from distributed_lm.config import ModelConfig, RunConfig
 from distributed_lm.layout import pipeline_layout
 from distributed_lm.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from distributed_lm.model.attention_backends import choose_backend
+from distributed_lm.model.backend_choice import choose_backend
 from distributed_lm.model.compilation import compile_stages, wants_compilation
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.dropout import RowParallelLinear, replicated_dropout

@@ -19,7 +19,7 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_ROWS = 256
 # Of model/attention_backends.py: queries of one call on a CPU.
-CPU_QUERIES = 256
+CPU_QUERIES = 192
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,21 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     sizes, model = Sizes.of(config, layout), config.model
     backend = attention_backend(config, device)
     copies = sizes.head_stream + sizes.key_value  # of queries, keys and values
+    # Keys and values are repeated for every query head, and the fused product let go.
+    is_grouped = model.key_value_heads != model.num_attention_heads
+    repeated = sizes.head_stream - sizes.key_value if is_grouped else 0.0
     if backend == "reference":
         scores = sizes.scores * (3 if model.dropout.attention else 1)
         # In fp32: 16-bit queries, keys and values are let go for their copies.
-        return scores + copies * (4 / sizes.item - 1 if sizes.item < 4 else 2 / 3)
+        return scores + (copies * (4 / sizes.item - 1) if sizes.item < 4 else repeated)
+    if backend == "matmul":
+        return repeated
     has_gradient_bias = model.position == "t5" and backend == "sdpa"
     if has_gradient_bias or (model.dropout.attention and device == "cpu"):
         # No fused kernel: torch computes the scores, and keeps them.
-        return sizes.scores * (3 if model.dropout.attention else 1) + copies * 2 / 3
+        return sizes.scores * (3 if model.dropout.attention else 1) + copies * (
+            2 / 3 if sizes.item == 4 else 1
+        )
     if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
     is_cut = backend == "sdpa" and device == "cpu"
@@ -124,12 +131,16 @@ def has_bias(config: RunConfig) -> bool:
 
 
 def attention_backend(config: RunConfig, device: Device) -> str:
-    """What ``model/attention_backends.py`` chooses; a user's own bias we assume FlexAttention to
-    take."""
+    """What ``model/backend_choice.py`` chooses; a user's own bias we assume to be untrained, and
+    FlexAttention to take it."""
     if config.attention.backend != "auto":
         return config.attention.backend
-    flexes = device == "cuda" and has_bias(config) and not config.model.dropout.attention
-    return "flex" if flexes else "sdpa"
+    if config.model.dropout.attention:
+        return "sdpa"
+    if device == "cuda":
+        return "flex" if has_bias(config) else "sdpa"
+    fits = config.precision == "bf16" and config.model.position != "t5"
+    return "matmul" if fits else "sdpa"
 
 
 def bias_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
@@ -137,7 +148,7 @@ def bias_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
     of a stage share. Kernels on a GPU compute it instead, or are causal by themselves."""
     backend = attention_backend(config, device)
     is_causal_itself = backend == "sdpa" and device == "cuda" and not has_bias(config)
-    if backend not in ("sdpa", "reference") or is_causal_itself:
+    if backend in ("flex", "flash") or is_causal_itself:
         return 0.0
     heads = config.model.num_attention_heads / layout.tensor if has_bias(config) else 1
     return 4.0 * heads * config.data.sequence_length**2

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_lm.model.attention_backends import BACKENDS, unavailable_reason
+from distributed_lm.model.attention_backends import BACKENDS
+from distributed_lm.model.backend_choice import unavailable_reason
 from distributed_lm.model.positions import METHODS, HeadSlice, PositionMethod, build_position
 from tests.support.gpu import requires_gpu
 from tests.support.training import tiny_config

@@ -37,7 +37,7 @@ def test_the_smallest_size_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "device", lambda: CPU)
     options = harness.arguments(claims.parser(), ["--model=tiny", "--rounds=2"])
     result = claims.measure(options)
-    assert len(result.rows) == 7
+    assert len(result.rows) == 9
     for row in result.rows:
         assert row["tokens/s"] == pytest.approx(128 / row["s/step"])
         assert 100 < row["peak MiB, resident"] < 4000

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from distributed_lm.errors import ConfigError
-from distributed_lm.model import attention_backends
-from distributed_lm.model.attention_backends import BACKENDS, choose_backend, unavailable_reason
+from distributed_lm.model import attention_backends, backend_choice, matmul_attention
+from distributed_lm.model.attention_backends import BACKENDS
+from distributed_lm.model.backend_choice import choose_backend, unavailable_reason
 from distributed_lm.model.core_attention import CoreAttention
 from distributed_lm.model.positions import METHODS, HeadSlice, PositionMethod, build_position
 from tests.support.training import tiny_config
@@ -96,16 +97,25 @@ def test_reference_is_the_formula(name: str, shape: tuple[int, int, int, int]) -
     )
 
 
+# A CPU's kernels with the position methods that they can train.
+ON_CPU = [
+    (backend, name)
+    for backend in ("sdpa", "matmul")
+    for name in sorted(METHODS)
+    if unavailable_reason(backend, position_method(name, 4), CPU, torch.float32) is None
+]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_sdpa_equals_reference_forward_and_backward(
-    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+@pytest.mark.parametrize(("backend", "name"), ON_CPU)
+def test_kernel_equals_reference_forward_and_backward(
+    backend: str, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     position = position_method(name, shape[0])
     inputs = draw(*shape, dtype)
     expected = forward_backward("reference", inputs, position)
-    for live, wanted in zip(forward_backward("sdpa", inputs, position), expected, strict=True):
+    for live, wanted in zip(forward_backward(backend, inputs, position), expected, strict=True):
         atol = TOLERANCES[dtype] * max(1.0, float(wanted.abs().max()))
         torch.testing.assert_close(live, wanted, atol=atol, rtol=0)
 
@@ -114,8 +124,9 @@ def test_sdpa_equals_reference_forward_and_backward(
 @pytest.mark.parametrize(
     "shape", [(4, 4, 50, 50), (12, 4, 50, 50), (4, 2, 9, 50)], ids=["square", "grouped", "tail"]
 )
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(("backend", "name"), ON_CPU)
 def test_query_chunks_change_nothing(
+    backend: str,
     name: str,
     shape: tuple[int, int, int, int],
     chunk_rows: int,
@@ -123,13 +134,13 @@ def test_query_chunks_change_nothing(
 ) -> None:
     position = position_method(name, shape[0])
     inputs = draw(*shape)
-    expected = forward_backward("sdpa", inputs, position)
+    expected = forward_backward(backend, inputs, position)
     bias_heads = shape[0] if position.has_bias else 1
     monkeypatch.setattr(attention_backends, "MAX_BIAS_ELEMENTS", chunk_rows * bias_heads * shape[3])
     position = position_method(name, shape[0])
     biases: list[torch.Size] = []
     watch_biases(monkeypatch, biases)
-    for live, wanted in zip(forward_backward("sdpa", inputs, position), expected, strict=True):
+    for live, wanted in zip(forward_backward(backend, inputs, position), expected, strict=True):
         torch.testing.assert_close(live, wanted, atol=1e-5, rtol=1e-5)
     for size in biases:
         assert size.numel() <= attention_backends.MAX_BIAS_ELEMENTS
@@ -139,26 +150,59 @@ def test_query_chunks_change_nothing(
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 2, 603, 603), (2, 2, 300, 700)], ids=["square", "tail"])
-def test_a_cpu_kernel_is_not_given_keys_that_its_queries_do_not_see(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_several_chunks_of_queries(
+    backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     position = position_method("alibi", shape[0])
     inputs = draw(*shape, dtype)
-    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
-
-    def noted(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        seen.append((query.size(2), key.size(2)))
-        return kernel(query, key, *arguments, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    live = forward_backward("sdpa", inputs, position)
+    live = forward_backward(backend, inputs, position)
     for one, wanted in zip(live, forward_backward("reference", inputs, position), strict=True):
         atol = TOLERANCES[dtype] * max(1.0, float(wanted.abs().max()))
         torch.testing.assert_close(one, wanted, atol=atol, rtol=0)
-    first, rows = shape[3] - shape[2], [queries for queries, _ in seen]
-    assert len(rows) > 1
-    assert sum(rows) == shape[2]
-    assert [keys for _, keys in seen] == [first + sum(rows[: n + 1]) for n in range(len(rows))]
+
+
+@pytest.mark.parametrize(("backend", "chunk"), [("sdpa", 192), ("matmul", 128)])
+def test_a_cpu_kernel_is_not_given_keys_that_its_queries_do_not_see(
+    backend: str, chunk: int
+) -> None:
+    position = position_method("alibi", 4)
+    query, key, value = (tensor.detach() for tensor in draw(4, 4, 500, 550))
+    for first in range(chunk, 500, chunk):
+        unseen = key.clone()
+        unseen[:, :, 50 + first :] = math.nan  # which a mask does not hide
+        context = BACKENDS[backend](query, unseen, value, position)
+        assert context[:, :, :first].isfinite().all()
+
+
+def test_matmul_does_not_round_scores_to_16_bits() -> None:
+    """A score of 40 would be off by up to an eighth, and its weight by as much of itself."""
+    position = position_method("none", 4)
+    query, key, value = (tensor.detach() for tensor in draw(4, 4, 64, 64, torch.bfloat16))
+    inputs = (8 * query, 4 * key, value)
+    errors = {}
+    expected = formula(*inputs, position)
+    for backend in ("sdpa", "matmul"):
+        errors[backend] = (BACKENDS[backend](*inputs, position) - expected).norm()
+    assert errors["matmul"] < 1.5 * errors["sdpa"]
+
+
+def test_matmul_has_no_more_scores_at_once_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a bias too, where the mask is the same for all heads."""
+    monkeypatch.setattr(matmul_attention, "MAX_SCORES", 4 * 700 * 9)
+    position, inputs = position_method("rotary", 4), draw(4, 2, 30, 700)
+    product, sizes = torch.baddbmm, []
+
+    def noted(*arguments: Any, **options: Any) -> Tensor:
+        sizes.append((scores := product(*arguments, **options)).numel())
+        return scores
+
+    monkeypatch.setattr(torch, "baddbmm", noted)
+    live = forward_backward("matmul", inputs, position)
+    for one, wanted in zip(live, forward_backward("reference", inputs, position), strict=True):
+        torch.testing.assert_close(one, wanted, atol=2e-5, rtol=0)
+    assert max(sizes) <= 4 * 700 * 9
+    assert len(sizes) == 2 * 2 * 4  # forward and backward, two sequences, 30 queries by nine
 
 
 def watch_biases(monkeypatch: pytest.MonkeyPatch, sizes: list[torch.Size]) -> None:
@@ -173,7 +217,7 @@ def watch_biases(monkeypatch: pytest.MonkeyPatch, sizes: list[torch.Size]) -> No
     monkeypatch.setattr(attention_backends, "causal_bias", noted)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "matmul"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_one_module_takes_any_length_after_any_other(name: str, backend: str) -> None:
     """1×, 4×, 5×, 16× of the first call, back again, ragged lengths, and continuations."""
@@ -279,18 +323,25 @@ def test_a_trained_bias_is_never_stale(backend: str) -> None:
 
 
 def test_auto_takes_the_fastest_that_fits() -> None:
-    for method in sorted(METHODS):
-        position = position_method(method, 4)
+    for name in sorted(METHODS):
+        position = position_method(name, 4)
         assert choose_backend("auto", position, CPU, torch.float32) == "sdpa"
+        products = "sdpa" if name == "t5" else "matmul"
+        assert choose_backend("auto", position, CPU, torch.bfloat16) == products
+        assert choose_backend("auto", position, CPU, torch.bfloat16, 0.1) == "sdpa"
         fastest = "flex" if position.has_bias else "sdpa"
         assert choose_backend("auto", position, CUDA, torch.bfloat16) == fastest
     assert choose_backend("auto", LearnedBias(), CUDA, torch.bfloat16) == "sdpa"
+    assert choose_backend("auto", LearnedBias(), CPU, torch.bfloat16) == "sdpa"
     for name in ("reference", "sdpa"):
         assert choose_backend(name, LearnedBias(), CPU, torch.float32) == name
 
 
 UNAVAILABLE = [
     ("flex", "alibi", CPU, torch.bfloat16, "FlexAttention has no backward on CPU"),
+    ("matmul", "alibi", CUDA, torch.bfloat16, "it is for CPUs"),
+    ("matmul", "t5", CPU, torch.bfloat16, "T5's bias is trained"),
+    ("matmul", "custom", CPU, torch.bfloat16, "LearnedBias's bias is trained"),
     ("flash", "alibi", CPU, torch.bfloat16, "FlashAttention-2 needs a GPU"),
     ("flex", "custom", CUDA, torch.bfloat16, "LearnedBias has no score_mod"),
     ("flash", "custom", CUDA, torch.bfloat16, "LearnedBias's bias is not linear"),
@@ -308,7 +359,7 @@ def test_what_cannot_work_is_refused_with_the_reason(
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(backend_choice.importlib.util, "find_spec", lambda _name: object())
     position = LearnedBias() if method == "custom" else position_method(method, 4)
     with pytest.raises(ConfigError) as caught:
         choose_backend(name, position, device, dtype)
@@ -319,8 +370,8 @@ def test_what_cannot_work_is_refused_with_the_reason(
 
 def test_flash_asks_for_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     alibi = position_method("alibi", 4)
-    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(backend_choice.importlib.util, "find_spec", lambda _name: None)
     reason = unavailable_reason("flash", alibi, CUDA, torch.bfloat16)
     assert reason == "the package flash-attn is not installed"
-    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(backend_choice.importlib.util, "find_spec", lambda _name: object())
     assert unavailable_reason("flash", alibi, CUDA, torch.bfloat16) is None
