@@ -77,7 +77,7 @@ def conclude(rehearsal: Rehearsal) -> None:
     if found:
         raise RehearsalError(
             f"{script.config.name} on {script.layout.describe()} does not fit together "
-            f"({found:,} problems, above): training would be wrong"
+            f"({found:,} problem{'s' * (found > 1)}, above): training would be wrong"
         )
 
 

@@ -274,7 +274,7 @@ def test_problems_are_printed_and_end_the_command(
     assert "embedding, 0–2" in shown
     assert "fits in a device's 80 GB" in shown
     broken = change(right, 1, slopes=right[0].slopes)
-    with pytest.raises(RehearsalError, match=r"not fit together \(1 problems, above\)") as error:
+    with pytest.raises(RehearsalError, match=r"not fit together \(1 problem, above\)") as error:
         conclude(replace(rehearsal, views=broken, problems=find_problems(broken, EXPECTED)))
     assert error.value.exit_code == 1
     assert "ranks 0, 1 (one tensor group), layer 0: slope 0.25" in capsys.readouterr().out
