@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tests.support.ranks import CONTEXT, become_rank, free_port
+from launch.ports import free_port
+from tests.support.ranks import CONTEXT, become_rank
 
 BUILD_SECONDS = 300.0
 TURN_SECONDS = 300.0

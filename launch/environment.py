@@ -1,7 +1,6 @@
 """The environment of a launched rank: the only file of the launcher that reads or makes one."""
 
 import os
-import socket
 from collections.abc import Mapping
 
 
@@ -48,14 +47,3 @@ def threads_per_process(processes: int) -> int:
     except AttributeError:  # not on macOS
         cores = os.cpu_count() or 1
     return max(1, cores // processes)
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on.
-
-    Another program may take it before rank 0 does; the ranks then say "address already in use".
-    """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

@@ -15,8 +15,9 @@ import typer
 from distributed_lm.config import WHOLE_MODEL_LAYOUT, load_config
 from distributed_lm.errors import ConfigError
 from distributed_lm.layout import Layout
-from launch.environment import child_environment, free_port, rank_variables
+from launch.environment import child_environment, rank_variables
 from launch.failure import report
+from launch.ports import free_port
 from launch.ranks import RankProcess
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -16,12 +16,12 @@ import contextlib
 import json
 import math
 import secrets
-import socket
 import statistics
 import time
 from functools import partial
 from typing import Any
 
+from launch.ports import free_port
 from launch.supervisor.member import Member, lost, straggler, who_lags
 
 PING_SECONDS = 2.0
@@ -138,7 +138,7 @@ class Coordinator:
     async def introduce(self, ranks: list[int], seconds: float) -> None:
         """Tell the health tasks of some nodes where to meet, at the first of them, and for how
         long to try."""
-        first, port = self.members[ranks[0]], _free_port()
+        first, port = self.members[ranks[0]], free_port()
         for rank, number in enumerate(ranks):
             member = self.members[number]
             address = first.address
@@ -294,14 +294,6 @@ class Coordinator:
         task = work if isinstance(work, asyncio.Task) else asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _free_port() -> int:
-    """On this node; most likely on the others too."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def _all_answered(members: list[Member]) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.failure import last_words
+from launch.ports import SLURM_PORTS
 from launch.supervisor import alerts, health
 from launch.supervisor.clock import Clock, slowest_save
 from launch.supervisor.comeback import (
@@ -49,7 +50,6 @@ STRAGGLER_SECONDS = 300.0
 NOTICE_SECONDS = 1.0
 # What Slurm gets to end a job that it has been asked to requeue.
 REQUEUE_SECONDS = 120.0
-FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to clients
 AGREEMENTS = 3
 # How long Slurm is asked again that does not answer, and how often.
 PATIENCE_SECONDS, RETRY_SECONDS = 900.0, 15.0
@@ -419,7 +419,7 @@ class Supervisor:
     def _master_port(self) -> int:
         """Of the ranks' rendezvous: no survivor of an earlier life or attempt listens there."""
         seed = self.allocation.number * 31 + self.allocation.restart * 7 + self.attempts
-        return FIRST_PORT + seed % PORTS
+        return SLURM_PORTS[seed % len(SLURM_PORTS)]
 
     def _run_dir(self) -> Path:
         return Path(self.job.run_dir)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed_lm.config import RunConfig
-from tests.support.ranks import CONTEXT, become_rank, free_port
+from launch.ports import free_port
+from tests.support.ranks import CONTEXT, become_rank
 
 # What a save does to the disk, as Python's audit events; fsync has none and is wrapped instead.
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")

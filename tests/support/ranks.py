@@ -6,7 +6,6 @@ thread exists, so its children are as clean as new processes.
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
+
+from launch.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.preload"])
@@ -45,12 +46,6 @@ def run_distributed(
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def become_rank(rank: int, world_size: int, port: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import ports
 from launch.environment import rank_variables, threads_per_process
 from launch.failure import Failure, last_words, root_cause
 
@@ -277,3 +279,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+def test_no_client_is_given_the_ranks_port() -> None:
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert 1024 <= ports.free_port() < first_of_clients
+    assert max(ports.SLURM_PORTS) < first_of_clients
+
+
+def test_a_port_that_is_listened_on_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        taken, other = ports.free_port(), ports.free_port()
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        monkeypatch.setattr(ports, "MEETING_PORTS", [taken, other])
+        assert {ports.free_port() for _ in range(20)} == {other}
+        monkeypatch.setattr(ports, "MEETING_PORTS", [taken])
+        with pytest.raises(OSError, match="no free port"):
+            ports.free_port()
