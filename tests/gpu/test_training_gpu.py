@@ -10,7 +10,7 @@ import torch
 from distributed_lm import platform, process_groups
 from distributed_lm.config import RunConfig, load_config
 from distributed_lm.layout import Layout
-from distributed_lm.model.attention_backends import unavailable_reason
+from distributed_lm.model.backend_choice import unavailable_reason
 from distributed_lm.model.gpt import build_stages
 from distributed_lm.model.parameters import initialize_weights, parameter_shards
 from distributed_lm.model.positions import METHODS, HeadSlice, build_position
