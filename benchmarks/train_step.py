@@ -275,21 +275,27 @@ PARTS = {
 
 
 def parts_of(step: Step, device: torch.device) -> str:
-    """Where the time of a step goes, by the operators' own time."""
+    """Where the time of a step goes: each operator's own time, by its name or else by that of the
+    operator that called it."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + ([activity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profiler:
         step()
     totals: Counter[str] = Counter()
-    for event in profiler.key_averages():
+    for event in profiler.events():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        part = next(
-            (part for part, words in PARTS.items() if any(word in event.key for word in words)),
-            "rest",
-        )
-        totals[part] += own
+        totals[_part_of(event)] += own
     whole = sum(totals.values()) or 1
     return ", ".join(f"{part} {own / whole:.0%}" for part, own in totals.most_common())
+
+
+def _part_of(event: Any) -> str:
+    while event is not None:
+        for part, words in PARTS.items():
+            if any(word in event.name for word in words):
+                return part
+        event = event.cpu_parent
+    return "rest"
 
 
 if __name__ == "__main__":

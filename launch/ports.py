@@ -7,7 +7,7 @@ import socket
 # machine could take one of those before the first rank listens, seconds later.
 MEETING_PORTS = range(10000, 20000)
 # For runs under Slurm, whose ranks meet on another machine, where no port can be tried.
-SLURM_PORTS = range(20000, 30000)
+UNTRIED_PORTS = range(20000, 30000)
 
 
 def free_port() -> int:

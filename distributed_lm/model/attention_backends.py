@@ -28,7 +28,7 @@ MAX_BIAS_ELEMENTS = 1 << 26
 # Queries of one call to SDPA on a CPU, whose kernel reads a mask but skips nothing for it: chunks
 # leave out the keys that no query of theirs sees, nearly half of all in the end. Shorter ones skip
 # more and lose as much to smaller matrix products.
-CPU_QUERIES = 192
+SDPA_CPU_QUERIES = 192
 
 
 def reference(
@@ -87,7 +87,7 @@ def sdpa(
             enable_gqa=grouped,
         )
 
-    most_queries = num_queries if query_BNQH.is_cuda else CPU_QUERIES
+    most_queries = num_queries if query_BNQH.is_cuda else SDPA_CPU_QUERIES
     return _in_chunks(attend, query_BNQH, key_BGKH, value_BGKH, position, most_queries).to(dtype)
 
 

@@ -18,8 +18,8 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Of model/loss.py, which imports torch: logits kept at once, and the fewest rows of a chunk.
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_ROWS = 256
-# Of model/attention_backends.py: queries of one call on a CPU.
-CPU_QUERIES = 192
+# Of model/attention_backends.py: queries of one call to SDPA on a CPU.
+SDPA_CPU_QUERIES = 192
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def attention_bytes(config: RunConfig, layout: Layout, device: Device) -> float:
     kept = 2 * sizes.head_stream + sizes.key_value  # query, context; keys and values
     if model.position == "rotary":
         kept += sizes.head_stream + sizes.key_value / 2
-    if model.key_value_heads != model.num_attention_heads:  # queries are copied out
+    elif model.key_value_heads != model.num_attention_heads:  # queries are copied out
         kept += sizes.head_stream
     if config.train.recompute == "selective":
         return kept
@@ -102,9 +102,10 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     sizes, model = Sizes.of(config, layout), config.model
     backend = attention_backend(config, device)
     copies = sizes.head_stream + sizes.key_value  # of queries, keys and values
-    # Keys and values are repeated for every query head, and the fused product let go.
+    # Keys and values are repeated for every query head; the fused product and rotated keys let go.
     is_grouped = model.key_value_heads != model.num_attention_heads
-    repeated = sizes.head_stream - sizes.key_value if is_grouped else 0.0
+    let_go = sizes.key_value * (1.5 if model.position == "rotary" else 1.0)
+    repeated = sizes.head_stream - let_go if is_grouped else 0.0
     if backend == "reference":
         scores = sizes.scores * (3 if model.dropout.attention else 1)
         # In fp32: 16-bit queries, keys and values are let go for their copies.
@@ -120,7 +121,9 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
     is_cut = backend == "sdpa" and device == "cpu"
-    if is_cut and config.data.sequence_length > CPU_QUERIES:  # what the chunks' context is made of
+    if (
+        is_cut and config.data.sequence_length > SDPA_CPU_QUERIES
+    ):  # what the chunks' context is made of
         return sizes.log_sums + sizes.head_stream
     return sizes.log_sums
 

@@ -138,6 +138,7 @@ class Coordinator:
     async def introduce(self, ranks: list[int], seconds: float) -> None:
         """Tell the health tasks of some nodes where to meet, at the first of them, and for how
         long to try."""
+        # Free on this node; most likely on the others too.
         first, port = self.members[ranks[0]], free_port()
         for rank, number in enumerate(ranks):
             member = self.members[number]

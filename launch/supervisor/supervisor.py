@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.failure import last_words
-from launch.ports import SLURM_PORTS
+from launch.ports import UNTRIED_PORTS
 from launch.supervisor import alerts, health
 from launch.supervisor.clock import Clock, slowest_save
 from launch.supervisor.comeback import (
@@ -419,7 +419,7 @@ class Supervisor:
     def _master_port(self) -> int:
         """Of the ranks' rendezvous: no survivor of an earlier life or attempt listens there."""
         seed = self.allocation.number * 31 + self.allocation.restart * 7 + self.attempts
-        return SLURM_PORTS[seed % len(SLURM_PORTS)]
+        return UNTRIED_PORTS[seed % len(UNTRIED_PORTS)]
 
     def _run_dir(self) -> Path:
         return Path(self.job.run_dir)

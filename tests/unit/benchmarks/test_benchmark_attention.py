@@ -36,7 +36,7 @@ def test_every_kernel_of_this_device_has_rows_and_the_others_a_reason() -> None:
         (length, which, kernel)
         for length in (32, 64)
         for which in attention.PASSES
-        for kernel in (BASELINE, "reference", "sdpa", "matmul")
+        for kernel in (BASELINE, "matmul, no bias", "reference", "sdpa", "matmul")
     }
     assert set(result.absent) == {"flex, fp32", "flash, fp32"}
     for row in result.rows:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from distributed_lm.errors import ConfigError
 from distributed_lm.model import attention_backends, backend_choice, matmul_attention
@@ -169,9 +170,10 @@ def test_a_cpu_kernel_is_not_given_keys_that_its_queries_do_not_see(
     position = position_method("alibi", 4)
     query, key, value = (tensor.detach() for tensor in draw(4, 4, 500, 550))
     for first in range(chunk, 500, chunk):
-        unseen = key.clone()
-        unseen[:, :, 50 + first :] = math.nan  # which a mask does not hide
-        context = BACKENDS[backend](query, unseen, value, position)
+        seen = [tensor.clone() for tensor in (key, value)]
+        for tensor in seen:
+            tensor[:, :, 50 + first :] = math.nan  # which a mask does not hide
+        context = BACKENDS[backend](query, *seen, position)
         assert context[:, :, :first].isfinite().all()
 
 
@@ -185,6 +187,29 @@ def test_matmul_does_not_round_scores_to_16_bits() -> None:
     for backend in ("sdpa", "matmul"):
         errors[backend] = (BACKENDS[backend](*inputs, position) - expected).norm()
     assert errors["matmul"] < 1.5 * errors["sdpa"]
+
+
+def test_matmul_is_an_operator_that_torch_compile_can_take() -> None:
+    """Its strides are those of the fake one, for slices of one tensor as Megatron's are."""
+    query, *others = draw(4, 4, 130, 140, torch.bfloat16)
+    query, key, value = (one.permute(2, 0, 1, 3).repeat(1, 1, 1, 3) for one in (query, *others))
+    slices = [one[..., :HEAD_DIM].permute(1, 2, 0, 3) for one in (query, key, value)]
+    inputs = [one.detach().requires_grad_() for one in slices]
+    bias = torch.zeros(1, 130, 140)
+    torch.library.opcheck(matmul_attention.matmul_attention, (*inputs, bias))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_matmul_under_recomputation(reentrant: bool) -> None:
+    position = position_method("alibi", 4)
+    expected = draw(4, 2, 200, 200, torch.bfloat16)
+    BACKENDS["matmul"](*expected, position).square().sum().backward()
+    live = draw(4, 2, 200, 200, torch.bfloat16)
+    checkpoint(
+        BACKENDS["matmul"], *live, position, use_reentrant=reentrant
+    ).square().sum().backward()
+    for one, wanted in zip(live, expected, strict=True):
+        assert torch.equal(one.grad, wanted.grad)
 
 
 def test_matmul_has_no_more_scores_at_once_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:

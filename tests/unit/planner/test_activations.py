@@ -33,6 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout, bf16": {"model": {"dropout": DROPOUT}, "precision": "bf16"},
     "t5, bf16": {"model": {"position": "t5"}, "precision": "bf16"},
     "rotary": {"model": {"position": "rotary"}},
+    "rotary, grouped queries": {"model": {"position": "rotary", "num_key_value_heads": 2}},
+    "rotary, grouped queries, bf16": {
+        "model": {"position": "rotary", "num_key_value_heads": 2}, "precision": "bf16",
+    },
     "sinusoidal": {"model": {"position": "sinusoidal"}},
     "t5": {"model": {"position": "t5"}},
     "reference": {"attention": {"backend": "reference"}},
@@ -123,4 +127,4 @@ def test_tensor_parallel_ranks_share_all_but_the_residual_stream() -> None:
 def test_constants_are_those_of_the_model() -> None:
     assert loss.MAX_LOGITS == activations.MAX_LOGITS
     assert loss.MIN_ROWS == activations.MIN_ROWS
-    assert attention_backends.CPU_QUERIES == activations.CPU_QUERIES
+    assert attention_backends.SDPA_CPU_QUERIES == activations.SDPA_CPU_QUERIES
