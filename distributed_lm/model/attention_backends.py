@@ -28,7 +28,7 @@ MAX_BIAS_ELEMENTS = 1 << 26
 # Queries of one call to SDPA on a CPU, whose kernel reads a mask but skips nothing for it: chunks
 # leave out the keys that no query of theirs sees, nearly half of all in the end. Shorter ones skip
 # more and lose as much to smaller matrix products.
-SDPA_CPU_QUERIES = 192
+CPU_QUERIES = 192
 
 
 def reference(
@@ -87,7 +87,7 @@ def sdpa(
             enable_gqa=grouped,
         )
 
-    most_queries = num_queries if query_BNQH.is_cuda else SDPA_CPU_QUERIES
+    most_queries = num_queries if query_BNQH.is_cuda else CPU_QUERIES
     return _in_chunks(attend, query_BNQH, key_BGKH, value_BGKH, position, most_queries).to(dtype)
 
 
@@ -128,6 +128,8 @@ def _in_chunks(
     whole = None
     if bias_queries >= num_queries:  # every layer of a stage asks for the same
         whole = causal_bias(position, range(first, num_keys), num_keys, device)
+    elif device.type == "cpu":
+        chunk = min(chunk, CPU_QUERIES)  # whose bias is read while the cache has it
     outputs = []
     for start in range(0, num_queries, chunk):
         stop = min(start + chunk, num_queries)

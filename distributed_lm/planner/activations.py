@@ -19,7 +19,7 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 MIN_ROWS = 256
 # Of model/attention_backends.py: queries of one call to SDPA on a CPU.
-SDPA_CPU_QUERIES = 192
+CPU_QUERIES = 192
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def core_attention_bytes(config: RunConfig, layout: Layout, device: Device) -> f
     if backend == "sdpa" and device == "cuda" and has_bias(config):  # it computes in fp32 then
         return (copies + sizes.head_stream) * 4 / sizes.item + sizes.log_sums
     is_cut = backend == "sdpa" and device == "cpu"
-    if (
-        is_cut and config.data.sequence_length > SDPA_CPU_QUERIES
-    ):  # what the chunks' context is made of
+    if is_cut and config.data.sequence_length > CPU_QUERIES:  # what the chunks' context is made of
         return sizes.log_sums + sizes.head_stream
     return sizes.log_sums
 

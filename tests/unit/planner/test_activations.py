@@ -127,4 +127,4 @@ def test_tensor_parallel_ranks_share_all_but_the_residual_stream() -> None:
 def test_constants_are_those_of_the_model() -> None:
     assert loss.MAX_LOGITS == activations.MAX_LOGITS
     assert loss.MIN_ROWS == activations.MIN_ROWS
-    assert attention_backends.SDPA_CPU_QUERIES == activations.SDPA_CPU_QUERIES
+    assert attention_backends.CPU_QUERIES == activations.CPU_QUERIES
